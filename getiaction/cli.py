@@ -1,0 +1,28 @@
+"""The `getiaction` command: `getiaction train +preset=pusht_cpu`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+COMMANDS = {"train": "train a Diffusion Policy; arguments as in `python -m getiaction.train`"}
+
+
+def main() -> None:
+    """Hand over to a subcommand."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h", "help"):
+        print("usage: getiaction COMMAND [arguments]\n\ncommands:")
+        print("\n".join(f"  {command:10} {text}" for command, text in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(
+            f"error: getiaction has no command {name!r}: {hint}the commands are {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        sys.exit(2)
+    sys.argv = [f"getiaction {name}", *sys.argv[2:]]
+    from getiaction import train
+
+    train.main()

@@ -1,0 +1,111 @@
+"""Build what a config names: policy, optimiser, learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import Tensor
+
+from getiaction.config.schema import Config
+from getiaction.data.metadata import DatasetMetadata
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
+from getiaction.policy import DiffusionPolicy, Features, Normalizer
+from getiaction.random import Purpose, derive_seed
+
+
+def build_group(name: str, group: Mapping[str, Any], **extra: Any) -> Any:
+    """Instantiate a config group by its `_target_`.
+
+    Raises:
+        InputError: the target does not exist or refuses its arguments.
+    """
+    try:
+        return instantiate(dict(group), **extra)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise InputError(f"{name} cannot be built: {str(cause).splitlines()[0]}") from error
+
+
+def build_noise_scheduler(config: Config) -> Any:
+    """Build the diffusers scheduler.
+
+    Raises:
+        InputError: it has no `alphas_cumprod`, so nothing here can train with it.
+    """
+    scheduler = build_group("scheduler", config.scheduler)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"scheduler={type(scheduler).__name__} has no alphas_cumprod: use a DDPM-like one, scheduler=ddpm"
+        )
+    return scheduler
+
+
+def observation_keys(config: Config, metadata: DatasetMetadata) -> list[str]:
+    """Return the observations that the policy uses, in the dataset's order of keys: states, then cameras."""
+    has = [key for key in (OBS_STATE, OBS_ENV_STATE) if key in metadata.vectors] + list(metadata.cameras)
+    chosen = config.dataset.observations
+    if chosen is not None:
+        return [key for key in has if key in chosen]
+    return [key for key in has if config.uses_images or not is_camera(key)]
+
+
+def build_features(config: Config, metadata: DatasetMetadata) -> Features:
+    """Describe the policy's inputs and output."""
+    keys = observation_keys(config, metadata)
+    return Features(
+        action_dim=metadata.vectors[ACTION],
+        state_dim=metadata.vectors[OBS_STATE] if OBS_STATE in keys else None,
+        env_state_dim=metadata.vectors[OBS_ENV_STATE] if OBS_ENV_STATE in keys else None,
+        cameras={key: metadata.cameras[key] for key in keys if is_camera(key)},
+    )
+
+
+def build_policy(
+    config: Config, features: Features, statistics: Mapping[str, Mapping[str, Tensor]], *, fetch_weights: bool = True
+) -> DiffusionPolicy:
+    """Build the policy, its weights drawn from the run's seed.
+
+    Args:
+        fetch_weights: start from the backbone's pretrained weights; a run that resumes has its own.
+    """
+    policy = config.policy
+    modes = {kind: getattr(policy.normalization, kind) for kind in ("visual", "state", "env", "action")}
+    kept = {key: statistics[key] for key in (*features.observation_keys, ACTION) if key in statistics}
+    backbone = dict(config.backbone) if fetch_weights else {**config.backbone, "weights": None}
+    torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
+    try:
+        return DiffusionPolicy(
+            features,
+            normalizer=Normalizer(kept, modes),
+            noise_scheduler=build_noise_scheduler(config),
+            encoder=build_group("backbone", backbone) if config.uses_images else None,
+            unet=build_group("unet", config.unet),
+            n_obs_steps=policy.n_obs_steps,
+            horizon=policy.horizon,
+            n_action_steps=policy.n_action_steps,
+            num_inference_steps=policy.num_inference_steps,
+            use_separate_rgb_encoder_per_camera=policy.use_separate_rgb_encoder_per_camera,
+            do_mask_loss_for_padding=policy.do_mask_loss_for_padding,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def build_optimizer(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimiser over all parameters, in the policy's order."""
+    return build_group("optimizer", {**config.optimizer, "_convert_": "all"}, params=list(parameters))
+
+
+def build_lr_scheduler(
+    config: Config, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Build the learning-rate schedule over `steps` optimiser steps, by diffusers' names."""
+    from diffusers.optimization import get_scheduler
+
+    schedule = config.lr_scheduler
+    return get_scheduler(schedule.name, optimizer, num_warmup_steps=schedule.num_warmup_steps, num_training_steps=steps)

@@ -1,0 +1,352 @@
+"""Check what no single key can tell: errors for what cannot work, warnings for what works badly.
+
+Every message names the key, the value, the rule and the fix. Nothing has been downloaded, decoded or written yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from getiaction.config.schema import Config
+from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.windows import check_delta_timestamps
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, is_camera
+
+log = logging.getLogger(__name__)
+
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
+CHOICES = {
+    "policy.normalization.visual": ("mean_std", "min_max", "identity"),
+    "policy.normalization.state": ("mean_std", "min_max", "identity"),
+    "policy.normalization.env": ("mean_std", "min_max", "identity"),
+    "policy.normalization.action": ("mean_std", "min_max", "identity"),
+    "backbone.norm": ("group", "batch"),
+    "scheduler.prediction_type": ("epsilon", "sample", "v_prediction"),
+    "lr_scheduler.name": LR_SCHEDULERS,
+    "dataset.image_stats": ("imagenet", "half", "dataset"),
+    "hardware.device": ("auto", "cuda", "mps", "cpu"),
+    "hardware.mixed_precision": ("no", "bf16", "fp16", "auto"),
+    "hardware.data_placement": ("auto", "device", "host"),
+    "tracker.name": ("local", "tensorboard", "wandb"),
+}
+AT_LEAST = {
+    "seed": 0,
+    "policy.n_obs_steps": 1,
+    "policy.horizon": 1,
+    "policy.n_action_steps": 1,
+    "policy.num_inference_steps": 1,
+    "policy.drop_n_last_frames": 0,
+    "backbone.num_keypoints": 1,
+    "unet.kernel_size": 1,
+    "unet.n_groups": 1,
+    "unet.diffusion_step_embed_dim": 4,
+    "scheduler.num_train_timesteps": 1,
+    "lr_scheduler.num_warmup_steps": 0,
+    "training.batch_size": 1,
+    "training.gradient_accumulation_steps": 1,
+    "training.max_steps": 1,
+    "training.max_epochs": 1,
+    "training.log_every": 1,
+    "training.save_every": 1,
+    "training.keep_checkpoints": 1,
+    "validation.every": 1,
+    "validation.max_samples": 1,
+    "validation.max_sampled": 0,
+    "hardware.num_processes": 1,
+    "hardware.num_threads": 1,
+}
+NOISE_REACHED = 0.02  # largest cumulative alpha at the last step that still counts as noise
+HALF = 0.5  # a crop that shows less of the picture than this loses the task
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hold one finding: an error cannot work, a warning works badly."""
+
+    message: str
+    is_error: bool = True
+
+
+def check_config(config: Config) -> None:
+    """Check everything that needs no dataset.
+
+    Raises:
+        InputError: all errors, one a line; with `strict`, warnings too.
+    """
+    simple = list(check_values(config))
+    checks = () if simple else (check_time, check_unet, check_pictures, check_noise, check_training)
+    report(simple + [problem for check in checks for problem in check(config)], strict=config.strict)
+
+
+def report(problems: list[Problem], *, strict: bool) -> None:
+    """Log warnings and raise errors, all at once."""
+    errors = [problem.message for problem in problems if problem.is_error or strict]
+    for problem in problems:
+        if not problem.is_error and not strict:
+            log.warning("warning: %s", problem.message)
+    if errors:
+        raise InputError("\n       ".join(errors))
+
+
+def look_up(config: Config, key: str) -> Any:
+    """Return a dotted key's value; None where the chosen group does not have it."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else getattr(node, part)
+    return node
+
+
+def check_values(config: Config) -> Iterator[Problem]:
+    """Check each key on its own: choices and ranges."""
+    for key, choices in CHOICES.items():
+        value = look_up(config, key)
+        if value is not None and value not in choices:
+            yield Problem(f"{key}={value} must be one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        value = look_up(config, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            yield Problem(f"{key}={value} must be a whole number of at least {least}")
+    for key in ("optimizer.lr", "training.max_grad_norm", "ema.power"):
+        value = look_up(config, key)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            yield Problem(f"{key}={value} must be a positive number")
+    if not 0 <= config.dataset.val_fraction < 1:
+        yield Problem(
+            f"dataset.val_fraction={config.dataset.val_fraction} must be in [0, 1): 0.05 holds out one episode in 20"
+        )
+    if not 0 <= config.ema.max_decay < 1:
+        yield Problem(f"ema.max_decay={config.ema.max_decay} must be in [0, 1): 0.9999 is the reference")
+    for key in ("backbone.resize_shape", "backbone.crop_shape"):
+        value = look_up(config, key)
+        if value is not None and not (
+            isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
+        ):
+            yield Problem(f"{key}={value} must be null or two positive numbers, [height, width]")
+    dims = config.unet.get("down_dims")
+    if dims is not None and not (
+        isinstance(dims, list) and dims and all(isinstance(dim, int) and dim > 0 for dim in dims)
+    ):
+        yield Problem(f"unet.down_dims={dims} must be a list of positive numbers: [256,512,1024]")
+
+
+def check_time(config: Config) -> Iterator[Problem]:
+    """Check the temporal parameters against each other and against the U-Net."""
+    policy = config.policy
+    longest = policy.horizon - policy.n_obs_steps + 1
+    if policy.n_action_steps > longest:
+        yield Problem(
+            f"policy.n_action_steps={policy.n_action_steps} must be at most horizon - n_obs_steps + 1 = {longest}: "
+            f"use policy.n_action_steps={max(longest, 1)} or policy.horizon={policy.n_action_steps + policy.n_obs_steps - 1}"
+        )
+    dims = config.unet.get("down_dims")
+    factor = 2 ** (len(dims) - 1) if dims else 1
+    if policy.horizon % factor:
+        low = policy.horizon // factor * factor
+        options = " or ".join(str(value) for value in (low, low + factor) if value > 0)
+        yield Problem(
+            f"unet.down_dims={dims} needs policy.horizon divisible by {factor} (time halves {len(dims) - 1} times), "
+            f"got {policy.horizon}: use {options}"
+        )
+    elif dims and policy.horizon % 2 ** len(dims):
+        yield Problem(
+            f"policy.horizon={policy.horizon} trains here, but LeRobot opens checkpoints of unet.down_dims={dims} only with multiples of "
+            f"{2 ** len(dims)}: use {-(-policy.horizon // 2 ** len(dims)) * 2 ** len(dims)} to keep that door open",
+            is_error=False,
+        )
+    if config.drop_n_last_frames < 0 and policy.n_action_steps <= longest:
+        yield Problem(f"policy.drop_n_last_frames={policy.drop_n_last_frames} must be at least 0")
+
+
+def check_unet(config: Config) -> Iterator[Problem]:
+    """Check the U-Net's sizes."""
+    unet = config.unet
+    groups, dims = unet.get("n_groups"), unet.get("down_dims") or []
+    if groups and (bad := [dim for dim in dims if dim % groups]):
+        divisors = [number for number in range(1, min(dims) + 1) if all(dim % number == 0 for dim in dims)]
+        fits = min(divisors, key=lambda number: (abs(number - groups), -number))
+        yield Problem(
+            f"unet.n_groups={groups} must divide every entry of unet.down_dims={dims}, not {bad[0]}: use unet.n_groups={fits}"
+        )
+    if unet.get("kernel_size", 1) % 2 == 0:
+        size = unet["kernel_size"]
+        yield Problem(f"unet.kernel_size={size} must be odd, or time changes its length: use {size - 1} or {size + 1}")
+    if unet.get("diffusion_step_embed_dim", 2) % 2:
+        size = unet["diffusion_step_embed_dim"]
+        yield Problem(f"unet.diffusion_step_embed_dim={size} must be even (sines and cosines): use {size + 1}")
+
+
+def check_pictures(config: Config) -> Iterator[Problem]:
+    """Check crop, weights and norm of the image encoder."""
+    if not config.uses_images:
+        return
+    backbone = config.backbone
+    if backbone.get("resize_shape"):
+        yield from check_crop(backbone.get("crop_shape"), backbone["resize_shape"], "backbone.resize_shape")
+    if backbone.get("weights") and backbone.get("norm") == "group":
+        yield Problem(
+            f"backbone.norm=group with backbone.weights={backbone['weights']}: convolutions keep their weights, norms start from "
+            "the pretrained affine values without their running statistics; backbone.norm=batch keeps the network whole",
+            is_error=False,
+        )
+    if backbone.get("norm") == "batch" and config.training.batch_size < 4:
+        yield Problem(
+            f"backbone.norm=batch with training.batch_size={config.training.batch_size}: batch statistics of so few samples are "
+            "noise; use backbone.norm=group or training.batch_size=16",
+            is_error=False,
+        )
+
+
+def check_crop(crop: list[int] | None, picture: list[int], name: str) -> Iterator[Problem]:
+    """Check that a crop fits into a picture, [H, W] each, and shows enough of it."""
+    if crop is None:
+        return
+    if crop[0] > picture[0] or crop[1] > picture[1]:
+        fix = [min(c, p) for c, p in zip(crop, picture, strict=True)]
+        yield Problem(
+            f"backbone.crop_shape={crop} must fit into {name}={picture}: use backbone.crop_shape={fix}, or null"
+        )
+    elif (shown := crop[0] * crop[1] / (picture[0] * picture[1])) < HALF:
+        yield Problem(
+            f"backbone.crop_shape={crop} shows {shown:.0%} of {name}={picture}: resize first, "
+            f"backbone.resize_shape=[{round(crop[0] / 0.875)},{round(crop[1] / 0.875)}]",
+            is_error=False,
+        )
+
+
+def check_noise(config: Config) -> Iterator[Problem]:
+    """Check the noise schedule: does it reach noise, can the sampler use it?"""
+    scheduler, policy = config.scheduler, config.policy
+    steps = scheduler["num_train_timesteps"]
+    if policy.num_inference_steps is not None and policy.num_inference_steps > steps:
+        yield Problem(
+            f"policy.num_inference_steps={policy.num_inference_steps} must be at most scheduler.num_train_timesteps={steps}: "
+            f"use policy.num_inference_steps={steps}, or null"
+        )
+    from getiaction.config.build import build_noise_scheduler
+
+    alpha = float(build_noise_scheduler(config).alphas_cumprod[-1])
+    if alpha > NOISE_REACHED:
+        yield Problem(
+            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} ends at cumulative "
+            f"alpha {alpha:.2f}, above {NOISE_REACHED}: training never sees the noise that acting starts from; "
+            "use scheduler.beta_schedule=squaredcos_cap_v2",
+            is_error=False,
+        )
+    if scheduler.get("clip_sample") and policy.normalization.action != "min_max":
+        yield Problem(
+            f"scheduler.clip_sample=true clips actions to {scheduler.get('clip_sample_range', 1.0)}, but "
+            f"policy.normalization.action={policy.normalization.action} reaches further: use min_max, or scheduler.clip_sample=false",
+            is_error=False,
+        )
+
+
+def check_training(config: Config) -> Iterator[Problem]:
+    """Check the length, the learning-rate schedule and the hardware."""
+    training, schedule = config.training, config.lr_scheduler
+    if training.max_steps is None and training.max_epochs is None:
+        yield Problem("training.max_steps and training.max_epochs are both null: set one, training.max_steps=20000")
+    if schedule.name == "constant" and schedule.num_warmup_steps:
+        yield Problem(
+            f"lr_scheduler.name=constant does not warm up, lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} has no "
+            "effect: use lr_scheduler.name=constant_with_warmup",
+            is_error=False,
+        )
+    elif (
+        training.max_steps is not None
+        and schedule.num_warmup_steps >= training.max_steps
+        and training.max_epochs is None
+    ):
+        yield Problem(
+            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} reaches past training.max_steps={training.max_steps}: the "
+            f"learning rate never arrives; use lr_scheduler.num_warmup_steps={training.max_steps // 10}",
+            is_error=False,
+        )
+    yield from check_devices(config)
+
+
+def check_devices(config: Config) -> Iterator[Problem]:
+    """Check that the devices asked for are there."""
+    import torch
+
+    hardware = config.hardware
+    gpus = torch.cuda.device_count()
+    if hardware.device == "cuda" and gpus == 0:
+        yield Problem("hardware.device=cuda, but torch sees no CUDA GPU here: use hardware=auto or hardware=cpu")
+    if hardware.device == "mps" and not torch.backends.mps.is_available():
+        yield Problem("hardware.device=mps, but torch sees no Apple GPU here: use hardware=auto or hardware=cpu")
+    launched = "WORLD_SIZE" in os.environ  # several machines may share the processes
+    if not launched and hardware.num_processes > 1 and hardware.device != "cpu" and gpus < hardware.num_processes:
+        yield Problem(
+            f"hardware.num_processes={hardware.num_processes} needs as many GPUs, torch sees {gpus}: use "
+            f"hardware.num_processes={max(gpus, 1)}, or hardware.device=cpu to try it on the CPU"
+        )
+
+
+def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
+    """Check the config against what the dataset says of itself.
+
+    Raises:
+        InputError: all errors, one a line; with `strict`, warnings too.
+    """
+    report(list(check_observations(config, metadata)) + list(check_episodes(config, metadata)), strict=config.strict)
+    if config.dataset.delta_timestamps:
+        unknown = [key for key in config.dataset.delta_timestamps if key not in metadata.features]
+        if unknown:
+            raise InputError(
+                f"dataset.delta_timestamps names {', '.join(unknown)}; the dataset has {', '.join(metadata.features)}"
+            )
+        policy = config.policy
+        check_delta_timestamps(
+            config.dataset.delta_timestamps, n_obs_steps=policy.n_obs_steps, horizon=policy.horizon, fps=metadata.fps
+        )
+
+
+def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
+    """Check that the observations exist, and that the crop fits their pictures."""
+    has = {key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION}
+    chosen = config.dataset.observations
+    if chosen is not None and (unknown := sorted(set(chosen) - has)):
+        yield Problem(f"dataset.observations={unknown} are not in {metadata.repo_id}: choose from {sorted(has)}")
+        return
+    used = chosen if chosen is not None else [key for key in has if config.uses_images or not is_camera(key)]
+    cameras = {key: metadata.cameras[key] for key in used if is_camera(key)}
+    if cameras and not config.uses_images:
+        yield Problem(
+            f"backbone=none cannot see dataset.observations={sorted(cameras)}: use backbone=resnet18, or leave them out"
+        )
+    if config.uses_images and not cameras:
+        yield Problem(f"the backbone needs a camera and none of {sorted(used)} is one: use backbone=none")
+    if not used:
+        yield Problem(f"{metadata.repo_id} has no observation that backbone=none can use: use backbone=resnet18")
+    if len(set(cameras.values())) > 1:
+        yield Problem(f"all cameras must have one shape, got {cameras}: choose some with dataset.observations")
+    elif cameras and not config.backbone.get("resize_shape"):
+        _, height, width = next(iter(cameras.values()))
+        yield from check_crop(config.backbone.get("crop_shape"), [height, width], "the recorded picture")
+
+
+def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
+    """Check that the chosen episodes exist and leave some for training."""
+    for key in ("episodes", "val_episodes"):
+        chosen = getattr(config.dataset, key)
+        if chosen is None:
+            continue
+        missing = sorted(set(chosen) - set(metadata.episode_indices))
+        if missing:
+            last = metadata.episode_indices[-1]
+            yield Problem(
+                f"dataset.{key}={missing} do not exist: {metadata.repo_id} has episodes {metadata.episode_indices[0]} to {last}"
+            )
+        if len(set(chosen)) < len(chosen):
+            twice = sorted(np.array(chosen)[[chosen.count(index) > 1 for index in chosen]].tolist())
+            yield Problem(f"dataset.{key} names {sorted(set(twice))} twice: name each episode once")
+    if config.dataset.episodes is not None and not config.dataset.episodes:
+        yield Problem("dataset.episodes=[] leaves nothing to train on: use null for all episodes")

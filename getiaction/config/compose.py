@@ -1,0 +1,195 @@
+"""Stand between Hydra and the entry points: find `conf/`, type the config, and explain mistakes in one message."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from getiaction.config.schema import Config
+from getiaction.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+"""The config tree: inside the installed wheel, or beside the package in a checkout."""
+
+ALIASES = {  # names of LeRobot, Lightning and the seed document -> ours
+    "learning_rate": "optimizer.lr",
+    "optimizer_lr": "optimizer.lr",
+    "optimizer_betas": "optimizer.betas",
+    "optimizer_eps": "optimizer.eps",
+    "optimizer_weight_decay": "optimizer.weight_decay",
+    "scheduler_name": "lr_scheduler.name",
+    "scheduler_warmup_steps": "lr_scheduler.num_warmup_steps",
+    "train_batch_size": "training.batch_size",
+    "gradient_clip_val": "training.max_grad_norm",
+    "accumulate_grad_batches": "training.gradient_accumulation_steps",
+    "log_every_n_steps": "training.log_every",
+    "enable_checkpointing": "training.save_every",
+    "check_val_every_n_epoch": "validation.every",
+    "precision": "hardware.mixed_precision",
+    "accelerator": "hardware.device",
+    "devices": "hardware.num_processes",
+    "strategy": "hardware.num_processes",
+    "sync_batchnorm": "hardware.sync_batch_norm",
+    "vision_backbone": "backbone.resnet",
+    "pretrained_backbone_weights": "backbone.weights",
+    "use_group_norm": "backbone.norm",
+    "spatial_softmax_num_keypoints": "backbone.num_keypoints",
+    "crop_ratio": "backbone.crop_shape",
+    "noise_scheduler_type": "scheduler",
+    "normalization_mapping": "policy.normalization",
+    "compile_model": "hardware",
+}
+
+
+def main(run: Callable[[Config], Any], config_name: str) -> Any:
+    """Run an entry point under Hydra; a mistake in the input is printed as one message and exits with 2."""
+    import hydra
+
+    register_resolvers()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
+    def entry(composed: DictConfig) -> Any:
+        return run(to_config(composed))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
+    try:
+        return entry()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, config_name)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Check a composed config against the schema and return it as plain typed objects.
+
+    Raises:
+        InputError: a key that does not exist, or a value of the wrong type.
+    """
+    register_resolvers()
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, "train")) from error
+    assert isinstance(typed, Config)
+    return typed
+
+
+def compose(overrides: list[str], config_name: str = "train") -> Config:
+    """Compose a config as the command line would: `compose(["+preset=pusht_cpu", "seed=1"])`.
+
+    Raises:
+        InputError: an override that cannot work.
+    """
+    import hydra
+
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return to_config(hydra.compose(config_name, overrides=overrides))
+    except HydraException as error:
+        raise InputError(explain(error, config_name)) from error
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """Turn Hydra's or OmegaConf's message into one that names the key and the nearest that exists."""
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error))
+    if found := re.search(r"Could not find '([\w/.-]+)/([\w.-]+)'", text):
+        group, choice = found.groups()
+        choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+        return f"{group}={choice} does not exist: {nearest(choice, choices)}the choices are {', '.join(choices)}"
+    missing_key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
+    if missing_key and (name := missing_key.group(1)) in groups:
+        choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
+        return f"{name}= needs a plus: +{name}=<choice>, one of {', '.join(choices)}"
+    if missing_key:
+        key = getattr(error, "full_key", None) or missing_key.group(1)
+        return f"{key} does not exist: {nearest(key, known_keys())}--cfg job shows every key"
+    full_key = getattr(error, "full_key", None)
+    first = text.splitlines()[0] if text else type(error).__name__
+    return f"{full_key}: {first}" if full_key else first
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return "did you mean ...? ", or nothing if no known name is near."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ALIASES:
+        return f"did you mean {ALIASES[leaf]}? "
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    near_name = difflib.get_close_matches(name, [key for key in known if not name.startswith(key)], n=1, cutoff=0.7)
+    close = [by_leaf[match] for match in near_leaf] or near_name
+    return f"did you mean {close[0]}? " if close else ""
+
+
+@cache
+def known_keys() -> list[str]:
+    """Return every key of the config tree, dotted."""
+    keys: set[str] = set()
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                keys.add(f"{prefix}{key}")
+                walk(f"{prefix}{key}.", value)
+
+    for path in CONF_DIR.glob("**/*.yaml"):
+        content = yaml.safe_load(path.read_text()) or {}
+        group = path.parent.relative_to(CONF_DIR)
+        is_root = path.parent == CONF_DIR or group.name == "preset"
+        walk(
+            "" if is_root else f"{group.name}.",
+            {key: value for key, value in content.items() if key not in ("defaults", "hydra")},
+        )
+    return sorted(key for key in keys if not key.rsplit(".", 1)[-1].startswith("_"))
+
+
+def register_resolvers() -> None:
+    """Register the resolver that names the run folder."""
+    OmegaConf.register_new_resolver("getiaction_run_folder", run_folder, replace=True, use_cache=True)
+
+
+def run_folder(name: str, resume: Any) -> str:
+    """Return a new folder outputs/<name>/<date_time>, or the one that `resume` names (true: the newest).
+
+    Raises:
+        InputError: there is nothing to resume.
+    """
+    if resume in (None, False):
+        if int(os.environ.get("RANK", 0)) > 0:  # only rank 0 writes; Hydra wants a folder on every rank
+            return str(Path(tempfile.gettempdir()) / f"getiaction-rank-{os.environ['RANK']}")
+        folder = Path(f"outputs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        twins = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 1000))
+        return str(next(path for path in (folder, *twins) if not path.exists()))
+    if resume is True:
+        pattern = "*/*" if name == "default" else f"{name}/*"
+        runs = [path.parent for path in Path("outputs").glob(f"{pattern}/checkpoints")]
+        if not runs:
+            raise InputError(
+                f"training.resume=true finds no run with a checkpoint in outputs/{'' if name == 'default' else name}"
+            )
+        return str(max(runs, key=lambda run: run.stat().st_mtime))
+    folder = Path(str(resume))
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(
+            f"training.resume={resume} is no run folder with checkpoints: give outputs/<name>/<date_time>, or true for the newest"
+        )
+    return str(folder)

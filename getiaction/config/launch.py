@@ -1,0 +1,44 @@
+"""Start the processes of data-parallel training, by torch's own launcher, when a plain command asks for several."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from getiaction.config.schema import Config
+from getiaction.training.metrics import read_metrics
+
+log = logging.getLogger(__name__)
+
+
+def must_launch(config: Config) -> bool:
+    """Tell whether several processes are wanted and no launcher (torchrun, accelerate) has started them."""
+    return config.hardware.num_processes > 1 and "WORLD_SIZE" not in os.environ
+
+
+def launch_processes(config: Config, folder: Path) -> float | None:
+    """Run this command again under torchrun, `hardware.num_processes` times; return what one process would.
+
+    Raises:
+        SystemExit: a process failed; its traceback has been printed.
+    """
+    from getiaction.config.checks import check_config
+
+    check_config(config)
+    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("output_dir=")]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        f"--nproc-per-node={config.hardware.num_processes}",
+        *("-m", "getiaction.train", *overrides, f"output_dir='{folder}'"),
+    ]
+    log.info("starting %d processes", config.hardware.num_processes)
+    finished = subprocess.run(command, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+    lines = [line for line in read_metrics(folder) if "val_loss" in line or "loss" in line]
+    return lines[-1].get("val_loss", lines[-1].get("loss")) if lines else None

@@ -1,0 +1,65 @@
+"""Take a run's own config up again, with the few changes that leave its course as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from getiaction.config.compose import to_config
+from getiaction.config.schema import Config
+from getiaction.errors import InputError
+
+MAY_CHANGE = (
+    "training.max_steps",
+    "training.max_epochs",
+    "training.log_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.resume",
+    "validation",
+    "hardware",
+    "tracker",
+    "dataset.root",
+    "dataset.cache_dir",
+    "strict",
+)
+
+
+def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config:
+    """Return the config that a run folder was started with, plus the overrides of this command line.
+
+    Args:
+        config: what this command line composes to; its values of the overridden keys are taken.
+        overrides: this command line, as Hydra reports it.
+        folder: the run folder.
+
+    Raises:
+        InputError: an override would change what the run computes.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
+    saved = OmegaConf.create(yaml.safe_load(path.read_text()))
+    now = OmegaConf.structured(config)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if key == "preset":
+            continue
+        value = OmegaConf.select(now, key)
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+            if value == OmegaConf.select(saved, key):
+                continue
+            raise InputError(
+                f"{override} cannot change in a run that resumes (it has {key}={plain(OmegaConf.select(saved, key))}): "
+                f"leave it out, or start a new run. What may change: {', '.join(MAY_CHANGE)}"
+            )
+        OmegaConf.update(saved, key, value, force_add=True)
+    return to_config(saved)
+
+
+def plain(value: Any) -> Any:
+    """Return a config node as plain data."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,261 @@
+"""Assemble a run from a config: data, policy, optimiser, trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from getiaction.config.build import (
+    build_features,
+    build_lr_scheduler,
+    build_optimizer,
+    build_policy,
+    observation_keys,
+)
+from getiaction.config.schema import Config, HardwareConfig
+from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
+from getiaction.data.cache import load_episodes
+from getiaction.data.episodes import Episodes
+from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.statistics import compute_statistics, split_episodes
+from getiaction.data.windows import Windows
+from getiaction.interop.lerobot import WEIGHTS, load_file, not_for_lerobot, write_policy
+from getiaction.keys import is_camera
+from getiaction.policy import DiffusionPolicy
+from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, read_state, write_json
+from getiaction.training.ema import Ema
+from getiaction.training.loop import Plan, Trainer, resume
+from getiaction.training.metrics import MetricsWriter, tracker_setup
+from getiaction.training.validation import Validator
+
+log = logging.getLogger(__name__)
+PACKAGES = ("getiaction", "torch", "torchvision", "accelerate", "diffusers", "lerobot", "hydra-core", "numpy")
+
+
+def start_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Set up devices, precision and trackers."""
+    hardware = config.hardware
+    if hardware.num_threads is not None:
+        torch.set_num_threads(hardware.num_threads)
+    if hardware.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=choose_precision(hardware, "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"),
+        log_with=tracker_setup(config.tracker.name) or None,
+        project_dir=str(folder),
+    )
+    if config.tracker.name != "local":
+        wandb = {"name": folder.name, "entity": config.tracker.entity, "dir": str(folder)}
+        accelerator.init_trackers(config.tracker.project, init_kwargs={"wandb": wandb})
+    return accelerator
+
+
+def choose_precision(hardware: HardwareConfig, device: str) -> str:
+    """Return Accelerate's name of the precision; where the device lacks it, say so and use full precision."""
+    wanted = hardware.mixed_precision
+    if wanted == "auto" and device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if wanted == "auto" or (wanted == "fp16" and device == "cpu"):
+        offer = "; hardware.mixed_precision=bf16 asks for it all the same" if wanted == "auto" else ": bf16 works there"
+        log.info("mixed precision: %s on %s falls back to full precision%s", wanted, device, offer)
+        return "no"
+    return wanted
+
+
+def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerator) -> Episodes:
+    """Load the chosen episodes; the main process decodes first, the others find its cache."""
+    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
+    cameras = [key for key in observation_keys(config, metadata) if is_camera(key)]
+    resize = config.backbone.get("resize_shape")
+    cache_dir = Path(config.dataset.cache_dir).expanduser() if config.dataset.cache_dir else None
+    with accelerator.main_process_first():
+        return load_episodes(
+            metadata, chosen, cameras, resize=tuple(resize) if resize else None, cache_dir=cache_dir, announce=log.info
+        )
+
+
+def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accelerator, folder: Path) -> Trainer:
+    """Build everything that a run needs, or bring it back to where it was."""
+    training = config.training
+    episodes = load_data(config, metadata, accelerator)
+    train_indices, val_indices = split_episodes(
+        episodes.indices.tolist(),
+        val_fraction=config.dataset.val_fraction,
+        val_episodes=config.dataset.val_episodes,
+        seed=config.seed,
+    )
+    statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats)
+    resuming = training.resume not in (None, False)
+    policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=not resuming)
+    if reasons := not_for_lerobot(policy):
+        log.warning(
+            "warning: checkpoints of this run open here, not in LeRobot, which has no %s", " and no ".join(reasons)
+        )
+    policy, model = place(policy, config.hardware, accelerator)
+
+    resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
+    if resident and accelerator.device.type != "cpu":
+        episodes = episodes.in_memory()
+    share = Share(
+        training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    )
+    gather = lambda indices: make_gatherer(config, episodes.select(indices), policy, accelerator, resident)  # noqa: E731
+    gatherer = gather(train_indices)
+    batches = TrainingBatches(
+        gatherer,
+        Order(len(gatherer.windows), share.global_batch_size, config.seed),
+        share,
+        crop_is_random=bool(config.backbone.get("crop_is_random")),
+        prefetch=not resident,
+    )
+    validator = (
+        Validator(
+            gather(val_indices),
+            max_samples=config.validation.max_samples,
+            max_sampled=config.validation.max_sampled,
+            batch_size=training.batch_size,
+            seed=config.seed,
+        )
+        if val_indices
+        else None
+    )
+
+    plan = make_plan(config, len(gatherer.windows), share.global_batch_size)
+    announce(config, policy, episodes, batches, plan, resident)
+    optimizer = build_optimizer(config, policy.parameters())
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
+    ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
+    store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=training.keep_checkpoints)
+    checkpoint = store.newest(log.warning) if resuming else None
+    state = read_state(checkpoint) if checkpoint else None
+    metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
+    model, prepared = accelerator.prepare(model, optimizer)
+    trainer = Trainer(
+        accelerator, policy, model, prepared, lr_scheduler, batches, store, metrics, plan, ema=ema, validator=validator
+    )
+    if checkpoint and state:
+        resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
+        log.info("resuming %s at step %d of %d", folder, state.step, plan.max_steps)
+    return trainer
+
+
+def place(
+    policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator
+) -> tuple[DiffusionPolicy, nn.Module]:
+    """Bring the policy to its device; return it, and what Accelerate shall prepare (the same module)."""
+    if hardware.sync_batch_norm and accelerator.num_processes > 1:
+        if accelerator.device.type == "cuda":
+            policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)
+        else:
+            log.warning("warning: hardware.sync_batch_norm needs GPUs; each process normalises by its own batch")
+    policy = policy.to(accelerator.device)
+    if hardware.channels_last:
+        for encoder in policy.encoders:
+            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return policy, policy
+
+
+def make_gatherer(
+    config: Config, episodes: Episodes, policy: DiffusionPolicy, accelerator: Accelerator, resident: bool
+) -> Gatherer:
+    """Make the gatherer of some episodes."""
+    windows = Windows(
+        episodes,
+        n_obs_steps=config.policy.n_obs_steps,
+        horizon=config.policy.horizon,
+        drop_n_last_frames=config.drop_n_last_frames,
+    )
+    return Gatherer(
+        episodes,
+        windows,
+        device=accelerator.device,
+        resident=resident,
+        observations=policy.features.observation_keys,
+        crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,  # type: ignore[arg-type]
+    )
+
+
+def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
+    """Turn epochs into steps; with both lengths given, whichever comes first."""
+    training = config.training
+    steps = [] if training.max_steps is None else [training.max_steps]
+    if training.max_epochs is not None:
+        steps.append(-(-training.max_epochs * samples // global_batch_size))
+    return Plan(
+        max_steps=max(min(steps), 1),
+        seed=config.seed,
+        max_grad_norm=training.max_grad_norm,
+        log_every=training.log_every,
+        validate_every=config.validation.every,
+        save_every=training.save_every,
+        epoch_samples=samples,
+    )
+
+
+def announce(
+    config: Config, policy: DiffusionPolicy, episodes: Episodes, batches: TrainingBatches, plan: Plan, resident: bool
+) -> None:
+    """Say in three lines what is about to happen."""
+    share, device = batches.share, batches.gatherer.device
+    parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
+    epochs = plan.max_steps * share.global_batch_size / plan.epoch_samples
+    where = f"on {device}" if resident else "memory-mapped on the host"
+    log.info("policy: %.1f M parameters, sees %s", parameters, ", ".join(policy.features.observation_keys))
+    log.info(
+        "data: %d frames, %d training samples, %.2f GB %s",
+        episodes.num_frames,
+        plan.epoch_samples,
+        episodes.nbytes / 1e9,
+        where,
+    )
+    log.info(
+        "batch: %d per device x %d processes x %d accumulation = %d; %d steps, %.1f epochs",
+        share.batch_size, share.processes, share.accumulation, share.global_batch_size, plan.max_steps, epochs,
+    )  # fmt: skip
+
+
+def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Write `config.yaml` (resolved) and `run.json` (command, versions, hardware); a resumed run keeps the first ones."""
+    if not accelerator.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    if not (folder / "run.json").exists():
+        write_json(folder / "run.json", describe_machine(accelerator))
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a number needs beside it: command, versions, commit, hardware."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    device = accelerator.device
+    return {
+        "command": sys.argv,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }

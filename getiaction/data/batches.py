@@ -1,0 +1,267 @@
+"""Make batches: choose windows, gather their frames, crop, and bring them to the training device."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from getiaction.data.episodes import Episodes
+from getiaction.data.windows import Windows
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, ACTION_IS_PAD
+from getiaction.random import Purpose, generator
+
+Batch = dict[str, Tensor]
+FITS = 0.5  # share of the free memory that resident data may take
+PREFETCH = 2  # batches gathered ahead when data stay on the host
+
+
+@dataclass(frozen=True)
+class Order:
+    """Decide which samples each step sees: shuffled epochs, one after the other, cut into global batches.
+
+    A batch may reach over the end of an epoch into the next, so every epoch shows each sample exactly once and every
+    batch has the same size.
+
+    Args:
+        num_samples: M.
+        batch_size: the global batch: per-device batch x processes x accumulation.
+        seed: of the run.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+
+    def ids(self, step: int) -> np.ndarray:
+        """Return the (batch_size,) samples of a step, counted from 0."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(positions, self.num_samples)
+        return np.concatenate(
+            [shuffled(self.num_samples, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        )
+
+
+@lru_cache(maxsize=4)
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of an epoch, a permutation of `count`."""
+    return torch.randperm(count, generator=generator(seed, Purpose.ORDER, epoch)).numpy()
+
+
+class Gatherer:
+    """Gather samples as a batch on the training device.
+
+    Args:
+        episodes: where the frames are; `place` decides whether they were copied to the device.
+        windows: which frames make a sample.
+        device: where batches go.
+        crop_shape: (h, w) to crop pictures to, or None.
+        observations: keys to gather besides the action.
+    """
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        windows: Windows,
+        *,
+        device: torch.device,
+        resident: bool,
+        observations: tuple[str, ...],
+        crop_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self.windows, self.device, self.crop_shape = windows, device, crop_shape
+        self.on_device = resident and device.type != "cpu"
+        self.vectors = {
+            key: torch.from_numpy(episodes.vectors[key]) for key in (*observations, ACTION) if key in episodes.vectors
+        }
+        self.frames: Mapping[str, np.ndarray] = {
+            key: episodes.frames[key] for key in observations if key in episodes.frames
+        }
+        self.frames_on_device: dict[str, Tensor] = {}
+        if self.on_device:
+            self.vectors = {key: values.to(device) for key, values in self.vectors.items()}
+            self.frames_on_device = {
+                key: torch.from_numpy(np.asarray(values)).to(device) for key, values in self.frames.items()
+            }
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Return how many places a crop can have, (H - h + 1, W - w + 1); (1, 1) without a crop."""
+        if self.crop_shape is None or not self.frames:
+            return 1, 1
+        _, height, width, _ = next(iter(self.frames.values())).shape
+        return height - self.crop_shape[0] + 1, width - self.crop_shape[1] + 1
+
+    def gather(self, ids: np.ndarray, corners: np.ndarray | None = None) -> Batch:
+        """Return the batch of samples `ids` (B,).
+
+        Args:
+            corners: (B, N, 2) top and left of each sample's crop, per camera; None crops the centre.
+
+        Returns:
+            `observation.*` (B, To, ...) in raw units, pictures (B, To, C, h, w) uint8, channels last in memory;
+            `action` (B, T, Da); `action_is_pad` (B, T) bool.
+        """
+        observation_rows = self.windows.observation_rows(ids)  # (B, To)
+        action_rows, is_pad = self.windows.action_rows(ids)  # (B, T)
+        where = self.device if self.on_device else "cpu"
+        rows = {True: torch.from_numpy(action_rows).to(where), False: torch.from_numpy(observation_rows).to(where)}
+        batch = {key: values[rows[key == ACTION]] for key, values in self.vectors.items()}
+        batch[ACTION_IS_PAD] = torch.from_numpy(is_pad)
+        if corners is None and self.crop_shape is not None:
+            tall, wide = self.margins  # the centre as torchvision's center_crop rounds it
+            centre = [int(round((tall - 1) / 2)), int(round((wide - 1) / 2))]
+            corners = np.broadcast_to(np.array(centre), (len(ids), len(self.frames), 2))
+        for number, camera in enumerate(self.frames):
+            corner = None if corners is None or self.crop_shape is None else corners[:, number]
+            if self.on_device:
+                frames = self.frames_on_device[camera]
+                pixels = crop_on_device(frames, rows[False], corner, self.crop_shape)
+            else:
+                pixels = torch.from_numpy(crop_on_host(self.frames[camera], observation_rows, corner, self.crop_shape))
+            batch[camera] = pixels
+        moved = {key: to_device(value, self.device) for key, value in batch.items()}
+        return {key: value.permute(0, 1, 4, 2, 3) if key in self.frames else value for key, value in moved.items()}
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for the device."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def crop_on_host(
+    frames: np.ndarray, rows: np.ndarray, corners: np.ndarray | None, shape: tuple[int, int] | None
+) -> np.ndarray:
+    """Gather (B, To) `rows` of `frames` (F, H, W, C) as (B, To, h, w, C), each sample cropped at its corner (B, 2)."""
+    if corners is None or shape is None:
+        return frames[rows]
+    height, width = shape
+    out = np.empty((*rows.shape, height, width, frames.shape[-1]), np.uint8)
+    for sample, (top, left) in enumerate(corners.tolist()):
+        for step, row in enumerate(rows[sample].tolist()):
+            out[sample, step] = frames[row, top : top + height, left : left + width]
+    return out
+
+
+def crop_on_device(frames: Tensor, rows: Tensor, corners: np.ndarray | None, shape: tuple[int, int] | None) -> Tensor:
+    """Do what `crop_on_host` does, on the device, in one gather."""
+    if corners is None or shape is None:
+        return frames[rows]
+    corner = to_device(torch.from_numpy(np.ascontiguousarray(corners)), frames.device)
+    ys = corner[:, :1] + torch.arange(shape[0], device=frames.device)  # (B, h)
+    xs = corner[:, 1:] + torch.arange(shape[1], device=frames.device)  # (B, w)
+    return frames[rows[:, :, None, None], ys[:, None, :, None], xs[:, None, None, :]]  # (B, To, h, w, C)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Say which part of each global batch this process takes.
+
+    Micro-batch m of rank r is samples `(m * processes + r) * batch_size` and on: the global batch, and all randomness
+    drawn for it, is the same for any number of processes and accumulation steps.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    processes: int = 1
+    rank: int = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Return per-device batch x processes x accumulation."""
+        return self.batch_size * self.processes * self.accumulation
+
+    def slices(self) -> list[slice]:
+        """Return the slice of the global batch of each of this process's micro-batches."""
+        firsts = [(micro * self.processes + self.rank) * self.batch_size for micro in range(self.accumulation)]
+        return [slice(first, first + self.batch_size) for first in firsts]
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """Yield a run's micro-batches, step by step, from any step on."""
+
+    gatherer: Gatherer
+    order: Order
+    share: Share
+    crop_is_random: bool
+    prefetch: bool
+
+    def ids(self, step: int) -> np.ndarray:
+        """Return the samples of a step, over all processes."""
+        return self.order.ids(step)
+
+    def step(self, step: int) -> list[Batch]:
+        """Return this process's micro-batches of one step."""
+        ids, corners = self.order.ids(step), None
+        if self.crop_is_random and self.gatherer.crop_shape is not None:
+            size = (len(ids), len(self.gatherer.frames))
+            draw = generator(self.order.seed, Purpose.CROP, step)
+            sides = [torch.randint(margin, size, generator=draw) for margin in self.gatherer.margins]
+            corners = torch.stack(sides, dim=-1).numpy()  # (B, N, 2)
+        return [
+            self.gatherer.gather(ids[part], None if corners is None else corners[part]) for part in self.share.slices()
+        ]
+
+    def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if the data stay on the host."""
+        steps = (self.step(step) for step in range(start, stop))
+        return prefetched(steps, PREFETCH) if self.prefetch else steps
+
+
+def prefetched(items: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+    """Run an iterator in a thread, `depth` items ahead; its errors are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[str, object]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            if all(put(("item", item)) for item in items):
+                put(("end", None))
+        except BaseException as error:  # raised where the items are used
+            put(("error", error))
+
+    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+
+
+def is_resident(episodes: Episodes, device: torch.device, placement: str) -> bool:
+    """Decide whether the data live on the training device (for a CPU: in memory) or stay memory-mapped on the host.
+
+    Raises:
+        InputError: `placement` is unknown.
+    """
+    if placement not in ("auto", "device", "host"):
+        raise InputError(f"hardware.data_placement={placement!r} must be auto, device or host")
+    if placement != "auto":
+        return placement == "device"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return episodes.nbytes <= FITS * free

@@ -1,0 +1,138 @@
+"""Decode pictures in file order: videos with PyAV, stored images with torchvision. Nothing is ever sought."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.nn import functional
+
+from getiaction.data.episodes import FRAME_INDEX, TIMESTAMP, read_table
+from getiaction.data.metadata import DatasetMetadata
+from getiaction.errors import InputError
+
+CHUNK = 256  # frames resized and written at a time
+TOLERANCE_S = 1e-4  # LeRobot's: how far a picture's time may be from its row's
+
+
+def decode_camera(
+    metadata: DatasetMetadata,
+    episodes: list[int],
+    camera: str,
+    out: np.ndarray,
+    *,
+    progress: Callable[[int], Any],
+) -> None:
+    """Decode one camera of some episodes into `out`.
+
+    Args:
+        out: (F, H, W, C) uint8; rows in the order of `read_table`. Pictures of another size are resized (bilinear,
+            antialiased).
+        progress: called with the number of frames just written.
+
+    Raises:
+        InputError: a picture is missing or cannot be decoded.
+    """
+    is_video = metadata.features[camera]["dtype"] == "video"
+    source = decode_videos if is_video else decode_images
+    rows: list[int] = []
+    images: list[np.ndarray] = []
+    written = np.zeros(len(out), dtype=bool)
+
+    def flush() -> None:
+        out[rows] = resize(np.stack(images), out.shape[1:3])
+        written[rows] = True
+        progress(len(rows))
+        rows.clear()
+        images.clear()
+
+    for row, image in source(metadata, episodes, camera):
+        rows.append(row)
+        images.append(image)
+        if len(rows) == CHUNK:
+            flush()
+    if rows:
+        flush()
+    if not written.all():
+        raise InputError(
+            f"{metadata.root}: {camera} has no picture for {int((~written).sum())} of {len(out)} frames: fetch the dataset again"
+        )
+
+
+def resize(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Resize (n, H, W, C) uint8 pictures to `size` (H, W): within one grey level of torchvision's Resize, 8x faster."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, C, H, W), channels last
+    resized = functional.interpolate(tensor, list(size), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).numpy()
+
+
+def decode_videos(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (row, (H, W, C) uint8) for every wanted frame of every video file, in file order."""
+    table = read_table(metadata, episodes, [TIMESTAMP, FRAME_INDEX, "episode_index"])
+    times = table[TIMESTAMP].to_numpy().astype(np.float64)
+    per_file: dict[str, list[tuple[float, int]]] = {}
+    first = 0
+    for episode in (row for row in metadata.episodes if row["episode_index"] in set(episodes)):
+        offset = episode[f"videos/{camera}/from_timestamp"]
+        wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
+        wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
+        first += episode["length"]
+    for file, wanted in sorted(per_file.items()):
+        yield from decode_video(metadata.root / file, sorted(wanted))
+
+
+def decode_video(path: Path, wanted: list[tuple[float, int]]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the frames of one video at the `wanted` (time in seconds, row), both ascending."""
+    import av
+
+    position = 0
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            assert stream.time_base is not None
+            for frame in container.decode(stream):
+                if position == len(wanted):
+                    return
+                if frame.pts is None:
+                    continue
+                late = float(frame.pts * stream.time_base) - wanted[position][0]
+                if late > TOLERANCE_S:
+                    break  # the frame that was due is not in the file
+                if late > -TOLERANCE_S:
+                    image = frame.to_ndarray(format="rgb24")
+                    yield wanted[position][1], image
+                    position += 1
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): fetch the dataset again") from error
+    if position < len(wanted):
+        raise InputError(
+            f"{path} has no frame at {wanted[position][0]:.3f} s, which the dataset's table names: fetch the dataset again"
+        )
+
+
+def decode_images(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (row, (H, W, C) uint8) for pictures stored in the tables."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    column = read_table(metadata, episodes, [camera, FRAME_INDEX, "episode_index"])[camera]
+    for row, cell in enumerate(iterate(column)):
+        content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        try:
+            yield row, decode_image(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        except RuntimeError as error:
+            raise InputError(f"{metadata.root}: {camera}, row {row} cannot be decoded ({error})") from error
+
+
+def iterate(column: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
+    """Yield cells as Python objects, a chunk at a time."""
+    for chunk in column.chunks:
+        for cell in chunk:
+            yield cell.as_py()

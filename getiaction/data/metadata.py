@@ -1,0 +1,194 @@
+"""Read what a LeRobotDataset v3.0 says of itself, and find it: a folder, LeRobot's cache, or the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
+
+INFO_FILE = "meta/info.json"
+CACHE_FILE = "cache.json"  # marks a frame cache, which is a dataset of its own: see data/cache.py
+
+
+@dataclass(frozen=True)
+class DatasetMetadata:
+    """Describe a dataset without opening its data.
+
+    Args:
+        root: folder of the dataset, or of a frame cache made from it.
+        repo_id: its name on the Hub, for messages and downloads.
+        fps: frames per second.
+        features: feature key -> {"dtype", "shape", ...}, as `meta/info.json` has them.
+        episodes: one row per episode: `episode_index`, `length`, and the files and times where it lies.
+        info: the whole of `meta/info.json`.
+        revision: Hub revision, or None for the one that this LeRobot wants.
+    """
+
+    root: Path
+    repo_id: str
+    fps: float
+    features: dict[str, dict[str, Any]]
+    episodes: list[dict[str, Any]]
+    info: dict[str, Any]
+    revision: str | None = None
+
+    @property
+    def is_cache(self) -> bool:
+        """Tell whether this is a frame cache: self-sufficient, with pictures already decoded and resized."""
+        return (self.root / CACHE_FILE).exists()
+
+    @property
+    def cameras(self) -> dict[str, tuple[int, int, int]]:
+        """Return camera key -> recorded (C, H, W), depth maps left out."""
+        return {key: image_shape(spec) for key, spec in self.features.items() if is_camera(key) and not is_depth(spec)}
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Return key -> size of the states and the action that the dataset has."""
+        wanted = (OBS_STATE, OBS_ENV_STATE, ACTION)
+        return {key: int(np.prod(self.features[key]["shape"])) for key in wanted if key in self.features}
+
+    @property
+    def episode_indices(self) -> list[int]:
+        """Return the index of every episode, ascending."""
+        return [int(row["episode_index"]) for row in self.episodes]
+
+    def data_file(self, row: dict[str, Any]) -> str:
+        """Return the path below `root` of the table that holds an episode."""
+        return self.info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+
+    def video_file(self, row: dict[str, Any], camera: str) -> str:
+        """Return the path below `root` of the video that holds an episode of one camera."""
+        place = {name: row[f"videos/{camera}/{name}"] for name in ("chunk_index", "file_index")}
+        return self.info["video_path"].format(video_key=camera, **place)
+
+    def files_of(self, episodes: list[int], cameras: list[str]) -> list[str]:
+        """Return the files that hold these episodes of these cameras, sorted, relative to `root`."""
+        chosen = set(episodes)
+        rows = [row for row in self.episodes if row["episode_index"] in chosen]
+        videos = [camera for camera in cameras if self.features[camera]["dtype"] == "video"]
+        files = {self.data_file(row) for row in rows}
+        return sorted(files | {self.video_file(row, camera) for row in rows for camera in videos})
+
+
+def image_shape(spec: dict[str, Any]) -> tuple[int, int, int]:
+    """Return (C, H, W) of a camera feature, whichever order its `names` say."""
+    shape, names = [int(size) for size in spec["shape"]], spec.get("names") or []
+    channels_first = names[0] in ("channel", "channels") if names else shape[0] in (1, 3) and shape[2] not in (1, 3)
+    return (shape[0], shape[1], shape[2]) if channels_first else (shape[2], shape[0], shape[1])
+
+
+def is_depth(spec: dict[str, Any]) -> bool:
+    """Tell whether a camera feature is a depth map, which this package does not read."""
+    return bool((spec.get("info") or {}).get("is_depth_map"))
+
+
+def read_metadata(root: Path, repo_id: str, revision: str | None = None) -> DatasetMetadata:
+    """Read the metadata of a dataset folder or frame cache.
+
+    Raises:
+        InputError: the folder is missing, is no LeRobotDataset v3.0, or its metadata cannot be read.
+    """
+    fix = "set dataset.root= to the folder that holds meta/, data/ and videos/"
+    if not root.is_dir():
+        raise InputError(f"dataset.root={root} does not exist: {fix}, or leave it out to use the Hub's {repo_id}")
+    if (root / CACHE_FILE).exists():
+        content = json.loads((root / CACHE_FILE).read_text())
+        info, rows = content["info"], content["episodes"]
+        return DatasetMetadata(root, content["repo_id"], info["fps"], info["features"], rows, info)
+    if not (root / INFO_FILE).exists():
+        raise InputError(f"dataset.root={root} is no LeRobotDataset: it has no {INFO_FILE}; {fix}")
+    try:
+        info = json.loads((root / INFO_FILE).read_text())
+        version = str(info["codebase_version"])
+        if not version.startswith("v3"):
+            raise InputError(
+                f"dataset.root={root} has format {version}, v3.0 is needed: convert it with "
+                "`python -m lerobot.scripts.convert_dataset_v21_to_v30`"
+            )
+        rows = read_episode_rows(root)
+        metadata = DatasetMetadata(root, repo_id, info["fps"], info["features"], rows, info, revision)
+        unreadable = [key for key in (*metadata.cameras, *metadata.vectors) if not metadata.features[key]["shape"]]
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError, pa.ArrowInvalid) as error:
+        raise InputError(
+            f"{root}/meta is damaged ({type(error).__name__}: {error}): fetch the dataset again"
+        ) from error
+    if not rows or ACTION not in metadata.vectors or unreadable:
+        raise InputError(
+            f"{root} has {len(rows)} episodes and the features {', '.join(info['features'])}: 'action' is needed"
+        )
+    return metadata
+
+
+def read_episode_rows(root: Path) -> list[dict[str, Any]]:
+    """Read the episode tables, statistics left out, sorted by episode."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((root / "meta/episodes").glob("*/*.parquet")):
+        names = [name for name in pq.read_schema(path).names if not name.startswith(("stats/", "tasks"))]
+        rows += pq.read_table(path, columns=names).to_pylist()
+    return sorted(rows, key=lambda row: row["episode_index"])
+
+
+def find_dataset(repo_id: str, root: str | None = None, revision: str | None = None) -> DatasetMetadata:
+    """Find a dataset: `root`, else LeRobot's local cache, else the Hub (metadata only; `fetch_files` brings the rest).
+
+    Raises:
+        InputError: nowhere to be found; the message names `dataset.root=`.
+    """
+    if root is not None:
+        return read_metadata(Path(root).expanduser(), repo_id)
+    local = lerobot_home() / repo_id
+    if revision is None and (local / INFO_FILE).exists():
+        return read_metadata(local, repo_id)
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata  # slow: only for the Hub
+
+    try:
+        found = LeRobotDatasetMetadata(repo_id, revision=revision)
+    except Exception as error:  # requests, huggingface_hub and LeRobot each raise their own
+        raise InputError(
+            f"dataset.repo_id={repo_id} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local folder with dataset.root=<folder>"
+        ) from error
+    return read_metadata(Path(found.root), repo_id, str(found.revision))
+
+
+def fetch_files(metadata: DatasetMetadata, files: list[str]) -> None:
+    """Make sure that `files` are there, fetching from the Hub what can be fetched.
+
+    Raises:
+        InputError: a file is missing and the dataset did not come from the Hub.
+    """
+    missing = [file for file in files if not (metadata.root / file).exists()]
+    if not missing:
+        return
+    if metadata.revision is None:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{metadata.root / missing[0]}{more} is missing: copy the whole dataset, or choose other dataset.episodes"
+        )
+    from huggingface_hub import snapshot_download
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    snapshot_download(
+        metadata.repo_id,
+        repo_type="dataset",
+        revision=metadata.revision,
+        cache_dir=HF_LEROBOT_HUB_CACHE,
+        allow_patterns=["meta/*", *files],
+    )
+
+
+def lerobot_home() -> Path:
+    """Return LeRobot's local dataset folder, by its own environment variables, without importing LeRobot."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_LEROBOT_HOME", Path(HF_HOME) / "lerobot")).expanduser()

@@ -1,0 +1,1 @@
+"""Open doors: LeRobot's policy folders, out and in."""

@@ -1,0 +1,76 @@
+"""Run a policy step by step: remember observations, queue actions."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from getiaction.policy.diffusion import DiffusionPolicy
+
+
+class Controller:
+    """Turn one observation per control step into one action.
+
+    Every Ta steps it denoises a new chunk from the last To observations; in between it plays the queue. Until To
+    observations have been seen, the first one is repeated.
+
+    Args:
+        policy: its device and dtype are used as they are.
+        seed: seed of the denoising noise; the same seed and observations give the same actions.
+
+    Example:
+        >>> controller = Controller(policy, seed=0)
+        >>> controller.reset()
+        >>> action = controller.act({"observation.image": image, "observation.state": state})
+    """
+
+    def __init__(self, policy: DiffusionPolicy, *, seed: int = 0) -> None:
+        self.policy = policy.eval()
+        self.device = policy.alphas_cumprod.device
+        self.seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: call it at the start of an episode."""
+        self._history: deque[dict[str, Tensor]] = deque(maxlen=self.policy.n_obs_steps)
+        self._queue: deque[Tensor] = deque()
+        self._generator = torch.Generator(self.device).manual_seed(self.seed)
+
+    def act(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return the next action.
+
+        Args:
+            observation: one step, raw units: `observation.image*` (C, H, W) uint8 or float in [0, 1],
+                `observation.state` (Ds,), ... A leading batch dimension B is kept, if all have one.
+
+        Returns:
+            (Da,), or (B, Da).
+
+        Raises:
+            ValueError: an observation that the policy needs is missing, or has another shape.
+        """
+        step, batched = self._check(observation)
+        self._history.append(step)
+        while len(self._history) < self.policy.n_obs_steps:
+            self._history.append(step)
+        if not self._queue:
+            stacked = {key: torch.stack([past[key] for past in self._history], dim=1) for key in step}  # (B, To, ...)
+            chunk = self.policy.predict_action_chunk(stacked, generator=self._generator)
+            self._queue.extend(chunk.unbind(1))  # Ta x (B, Da)
+        action = self._queue.popleft()
+        return action if batched else action[0]
+
+    def _check(self, observation: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        step, batched = {}, False
+        for key in self.policy.features.observation_keys:
+            if key not in observation:
+                raise ValueError(f"the policy needs {key}; the observation has {', '.join(observation) or 'nothing'}")
+            value, shape = torch.as_tensor(observation[key], device=self.device), self.policy.features.shapes[key]
+            if tuple(value.shape[-len(shape) :]) != tuple(shape):
+                raise ValueError(f"{key} must have shape {tuple(shape)} (or (B, ...)), got {tuple(value.shape)}")
+            batched = value.ndim > len(shape)
+            step[key] = value if batched else value[None]
+        return step, batched

@@ -1,0 +1,170 @@
+"""Predict the noise in a sequence of actions: a 1-D U-Net over time, conditioned by FiLM.
+
+Modules and parameter names are LeRobot's, so weights load both ways.
+Source: Chi et al., arXiv:2303.04137; Janner et al., arXiv:2205.09991; FiLM: Perez et al., arXiv:1709.07871.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Embed denoising steps as sines and cosines (Vaswani et al., arXiv:1706.03762, section 3.5)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        frequencies = torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Map (B,) integers to (B, dim)."""
+        angles = timesteps[:, None] * self.frequencies  # (B, dim / 2)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ConvBlock(nn.Module):
+    """Convolve along time, normalise, Mish: (B, C, T) -> (B, C', T)."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, kernel_size: int, n_groups: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
+            nn.GroupNorm(n_groups, channels_out),
+            nn.Mish(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, T) to (B, C', T)."""
+        return self.block(x)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a FiLM layer, with a residual connection."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, cond_dim: int, kernel_size: int, n_groups: int, film_scale: bool
+    ) -> None:
+        super().__init__()
+        self.film_scale = film_scale
+        self.conv1 = ConvBlock(channels_in, channels_out, kernel_size=kernel_size, n_groups=n_groups)
+        self.cond_encoder = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, channels_out * (2 if film_scale else 1)))
+        self.conv2 = ConvBlock(channels_out, channels_out, kernel_size=kernel_size, n_groups=n_groups)
+        same = channels_in == channels_out
+        self.residual_conv = nn.Identity() if same else nn.Conv1d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Map x (B, C, T) and cond (B, cond_dim) to (B, C', T)."""
+        hidden = self.conv1(x)
+        film = self.cond_encoder(cond)[:, :, None]  # (B, C' or 2C', 1)
+        if self.film_scale:
+            scale, bias = film.chunk(2, dim=1)
+            hidden = scale * hidden + bias
+        else:
+            hidden = hidden + film
+        return self.conv2(hidden) + self.residual_conv(x)
+
+
+class ConditionalUnet1d(nn.Module):
+    """Denoise action sequences, given the denoising step and an observation vector.
+
+    Args:
+        action_dim: Da.
+        cond_dim: size of the observation vector.
+        down_dims: channels of each level; time halves between levels, so T must divide by 2 ** (levels - 1).
+        kernel_size: odd size of the convolutions along time.
+        n_groups: groups of the group norms; must divide every entry of `down_dims`.
+        diffusion_step_embed_dim: size of the step embedding, even.
+        use_film_scale_modulation: FiLM scales and shifts; otherwise it only shifts.
+        gradient_checkpointing: recompute blocks in the backward pass, for less memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        action_dim: int,
+        cond_dim: int,
+        down_dims: Sequence[int] = (256, 512, 1024),
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        diffusion_step_embed_dim: int = 128,
+        use_film_scale_modulation: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.down_dims, self.kernel_size, self.n_groups = tuple(down_dims), kernel_size, n_groups
+        self.diffusion_step_embed_dim = embed = diffusion_step_embed_dim
+        self.use_film_scale_modulation = use_film_scale_modulation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.diffusion_step_encoder = nn.Sequential(
+            SinusoidalEmbedding(embed), nn.Linear(embed, embed * 4), nn.Mish(), nn.Linear(embed * 4, embed)
+        )
+
+        def block(channels_in: int, channels_out: int) -> ResidualBlock:
+            return ResidualBlock(
+                channels_in,
+                channels_out,
+                cond_dim=embed + cond_dim,
+                kernel_size=kernel_size,
+                n_groups=n_groups,
+                film_scale=use_film_scale_modulation,
+            )
+
+        dims, top = self.down_dims, self.down_dims[-1]
+        widths = list(zip((action_dim, *dims[:-1]), dims, strict=True))
+        self.down_modules = nn.ModuleList()
+        for level, (narrow, wide) in enumerate(widths):
+            halve = nn.Identity() if level == len(widths) - 1 else nn.Conv1d(wide, wide, 3, stride=2, padding=1)
+            self.down_modules.append(nn.ModuleList([block(narrow, wide), block(wide, wide), halve]))
+        self.mid_modules = nn.ModuleList([block(top, top), block(top, top)])
+        self.up_modules = nn.ModuleList()
+        for narrow, wide in reversed(widths[1:]):
+            double = nn.ConvTranspose1d(narrow, narrow, 4, stride=2, padding=1)
+            self.up_modules.append(nn.ModuleList([block(wide * 2, narrow), block(narrow, narrow), double]))
+        self.final_conv = nn.Sequential(
+            ConvBlock(dims[0], dims[0], kernel_size=kernel_size, n_groups=n_groups), nn.Conv1d(dims[0], action_dim, 1)
+        )
+
+    @property
+    def time_factor(self) -> int:
+        """Return the number that T must be divisible by."""
+        return 2 ** (len(self.down_dims) - 1)
+
+    def forward(self, noisy_actions: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
+        """Predict the noise (or whatever the scheduler's `prediction_type` says).
+
+        Args:
+            noisy_actions: (B, T, Da).
+            timesteps: (B,) integers.
+            cond: (B, cond_dim), the encoded observations.
+
+        Returns:
+            (B, T, Da).
+        """
+        x = rearrange(noisy_actions, "b t d -> b d t")
+        cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
+        skips: list[Tensor] = []
+        for first, second, halve in self.down_modules:
+            x = self._run(second, self._run(first, x, cond), cond)
+            skips.append(x)
+            x = halve(x)
+        for middle in self.mid_modules:
+            x = self._run(middle, x, cond)
+        for first, second, double in self.up_modules:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = double(self._run(second, self._run(first, x, cond), cond))
+        return rearrange(self.final_conv(x), "b d t -> b t d")
+
+    def _run(self, block: ResidualBlock, x: Tensor, cond: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, x, cond, use_reentrant=False)
+        return block(x, cond)

@@ -1,0 +1,75 @@
+"""Draw a run: the loss curves, and the actions that the policy samples beside those that people recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from getiaction.policy import DiffusionPolicy
+from getiaction.training.metrics import read_metrics
+from getiaction.training.validation import Sampled, Validator
+
+PANELS = 8  # samples drawn
+
+
+def draw_report(folder: Path, validator: Validator | None, policy: DiffusionPolicy) -> list[Path]:
+    """Draw `curves.png`, and `trajectories.png` if episodes are held out; return what was drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    pictures = [draw_curves(read_metrics(folder), folder / "curves.png")]
+    if validator is not None and len(validator.sampled_ids):
+        pictures.append(draw_trajectories(validator.sample(policy), folder / "trajectories.png"))
+    return pictures
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> Path:
+    """Draw training and validation loss, and the error of sampled actions, over steps."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, keys in ((left, ("loss", "val_loss")), (right, ("val_action_error",))):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, markersize=3, label=key)
+        axes.set_xlabel("optimiser steps")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    left.set_yscale("log")
+    left.set_title("loss (noise prediction)")
+    right.set_title("mean error of sampled actions (dataset units)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def draw_trajectories(sampled: Sampled, path: Path) -> Path:
+    """Draw sampled action chunks beside the recorded ones: paths in the plane for two dimensions, else curves over time."""
+    from matplotlib import pyplot
+
+    chosen = np.unique(np.linspace(0, len(sampled.predicted) - 1, PANELS).astype(int))
+    figure, grid = pyplot.subplots(2, PANELS // 2, figsize=(12, 6), layout="constrained")
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, index in zip(grid.flat, chosen, strict=False):
+        axes.set_visible(True)
+        for name, chunk, style in (("recorded", sampled.recorded, "o-"), ("sampled", sampled.predicted, "x--")):
+            actions = chunk[index].numpy()  # (Ta, Da)
+            if actions.shape[1] == 2:
+                axes.plot(actions[:, 0], actions[:, 1], style, label=name, markersize=4)
+                axes.set_aspect("equal", adjustable="datalim")
+            else:
+                axes.set_prop_cycle(None)
+                axes.plot(actions[:, :6], style[1:], label=[f"{name} {dim}" for dim in range(min(6, actions.shape[1]))])
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(fontsize=7)
+    figure.suptitle(
+        f"actions on held-out episodes; mean absolute error {sampled.mean_absolute_error:.3g} (dataset units)"
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,78 @@
+"""Train a Diffusion Policy: `python -m getiaction.train +preset=pusht_cpu`. `--help` explains the rest."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from getiaction.config.compose import main as hydra_main
+from getiaction.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, folder: Path) -> dict[str, float]:
+    """Train what `config` says; return the last metrics.
+
+    Args:
+        folder: the run folder, new or (with `training.resume`) one with checkpoints.
+
+    Raises:
+        InputError: the config or the dataset cannot work; nothing has been decoded or written yet.
+        TrainingError: the run cannot go on.
+    """
+    from getiaction.config import run
+    from getiaction.config.checks import check_config, check_dataset
+    from getiaction.data.metadata import find_dataset
+    from getiaction.report.run import draw_report
+
+    check_config(config)
+    metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
+    check_dataset(config, metadata)
+    accelerator = run.start_accelerator(config, folder)
+    trainer = run.build_trainer(config, metadata, accelerator, folder)
+    run.write_run_files(config, folder, accelerator)
+    metrics = trainer.fit()
+    if accelerator.is_main_process:
+        for picture in draw_report(folder, trainer.validator, trainer.best):
+            log.info("picture: %s", picture)
+        log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
+    accelerator.end_training()
+    return metrics
+
+
+def run_hydra_job(config: Config) -> float | None:
+    """Train under Hydra; return the value that a sweep minimises: the validation loss, else the loss."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from getiaction.config.launch import launch_processes, must_launch
+    from getiaction.config.resume import resumed_config
+
+    runtime = HydraConfig.get()
+    folder = Path(runtime.runtime.output_dir)
+    if config.training.resume not in (None, False):
+        config = resumed_config(config, list(runtime.overrides.task), folder)
+    if must_launch(config):
+        return launch_processes(config, folder)
+    try:
+        metrics = train(config, folder)
+    except SystemExit:
+        log.info("stopped; to go on: python -m getiaction.train training.resume=%s", folder)
+        raise
+    return metrics.get("val_loss", metrics.get("loss"))
+
+
+def main() -> None:
+    """Run as a command; a run that cannot go on exits with 1, a mistake in the input with 2."""
+    from getiaction.errors import TrainingError
+
+    try:
+        hydra_main(run_hydra_job, "train")
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Train a policy: the loop, averaging, checkpoints, validation and metrics. Knows no config."""

@@ -1,0 +1,289 @@
+"""Train: batch, loss, backward, clip, step, EMA, log, validate, save.
+
+What a step sees is a pure function of (seed, step): a run that was killed goes on exactly where its last checkpoint is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from getiaction.data.batches import Batch, TrainingBatches, to_device
+from getiaction.errors import TrainingError
+from getiaction.policy import DiffusionPolicy
+from getiaction.random import Purpose, generator
+from getiaction.training.checkpoint import CheckpointStore, TrainingState
+from getiaction.training.ema import Ema
+from getiaction.training.metrics import MetricsWriter
+from getiaction.training.validation import Validator, draw_noise
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say how long to train and when to look up. All counts are optimiser steps."""
+
+    max_steps: int
+    seed: int
+    max_grad_norm: float | None = None
+    log_every: int = 50
+    validate_every: int | None = None
+    save_every: int | None = None
+    epoch_samples: int = 1  # samples in one epoch, for the `epoch` column
+
+
+@dataclass
+class Trainer:
+    """Hold the parts of a run and train.
+
+    Args:
+        policy: the bare policy, on its device.
+        model: the same as Accelerate prepared it: in mixed precision, or distributed.
+        ema: None trains without averaging.
+        validator: None if no episodes are held out.
+    """
+
+    accelerator: Accelerator
+    policy: DiffusionPolicy
+    model: nn.Module
+    optimizer: Any
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    batches: TrainingBatches
+    store: CheckpointStore
+    metrics: MetricsWriter
+    plan: Plan
+    ema: Ema | None = None
+    validator: Validator | None = None
+    step: int = 0
+    unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
+    latest: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> DiffusionPolicy:
+        """Return the policy to validate and save: the average, if there is one."""
+        return self.ema.average if self.ema else self.policy  # type: ignore[return-value]
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end of the plan; return the latest metrics.
+
+        Raises:
+            TrainingError: the loss is not finite; the last good checkpoint stays.
+            SystemExit: a signal asked to stop; everything is saved.
+        """
+        plan = self.plan
+        self.model.train()
+        with stop_on_signals() as stopping, self._progress() as bar:
+            clock = Clock()
+            for batches in clock.waiting(self.batches.iterate(self.step, plan.max_steps)):
+                self._optimise(batches)
+                self.step += 1
+                bar.update()
+                last = self.step == plan.max_steps
+                if last or self.step % plan.log_every == 0:
+                    self._log(bar, clock)
+                if last or is_due(self.step, plan.validate_every):
+                    self._validate(clock)
+                if last or is_due(self.step, plan.save_every):
+                    self._save(clock)
+                if stopping() and not last and self._all_stop():
+                    self._save(clock)
+                    raise SystemExit(128 + stopping())
+        return self.latest
+
+    def _optimise(self, batches: list[Batch]) -> None:
+        """Take one optimiser step over this process's micro-batches."""
+        share, device = self.batches.share, self.accelerator.device
+        noise, timesteps = draw_noise(
+            self.policy, share.global_batch_size, generator(self.plan.seed, Purpose.NOISE, self.step)
+        )
+        total: Tensor | None = None
+        for micro, (batch, part) in enumerate(zip(batches, share.slices(), strict=True)):
+            is_last = micro == len(batches) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = (
+                    self.model(batch, to_device(noise[part], device), to_device(timesteps[part], device))
+                    / share.accumulation
+                )
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        if self.plan.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.max_grad_norm)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.policy, self.step)
+        assert total is not None
+        self.unread.append(total.reshape(1))
+
+    def _log(self, bar: tqdm, clock: Clock) -> None:
+        losses = self._read_losses()
+        samples = len(losses) * self.batches.share.global_batch_size
+        seconds, waited = clock.lap()
+        loss = sum(losses) / len(losses)
+        rate = samples / seconds
+        seen = self.step * self.batches.share.global_batch_size
+        self.latest.update(loss=loss)
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s")
+        self.metrics.write(
+            self.step,
+            epoch=round(seen / self.plan.epoch_samples, 3),
+            samples=seen,
+            loss=loss,
+            lr=self.lr_scheduler.get_last_lr()[0],
+            samples_per_s=round(rate, 1),
+            data_wait=round(waited / seconds, 4),
+        )
+
+    def _read_losses(self) -> list[float]:
+        """Return the mean loss over processes of each unread step. The only place where the host waits for the device."""
+        gathered = self.accelerator.gather(torch.cat(self.unread)[None])  # (processes, steps)
+        losses = gathered.float().mean(0).tolist()
+        self.unread.clear()
+        for offset, loss in enumerate(losses):
+            if not loss - loss == 0:
+                raise TrainingError(self._advice(self.step - len(losses) + offset, loss))
+        return losses
+
+    def _advice(self, step: int, loss: float) -> str:
+        kept = self.store.steps()
+        windows = self.batches.gatherer.windows
+        rows = windows.now[self.batches.ids(step)].tolist()
+        return (
+            f"the loss is {loss} at step {step + 1}. Its batch holds the frames {rows[:8]}{'...' if len(rows) > 8 else ''} "
+            f"(samples {self.batches.ids(step)[:8].tolist()}...). What helps: a lower rate, optimizer.lr=3e-5; clipping, "
+            "training.max_grad_norm=10.0; a longer warm-up, lr_scheduler.num_warmup_steps=2000; full precision, "
+            f"hardware.mixed_precision=no. {'The last good checkpoint is step ' + str(kept[-1]) if kept else 'No checkpoint was saved yet'}."
+        )
+
+    def _validate(self, clock: Clock) -> None:
+        if self.validator is None:
+            return
+        with clock.paused():
+            if self.accelerator.is_main_process:
+                with self.accelerator.autocast():
+                    measured = self.validator(self.best)
+                self.latest.update(measured)
+                self.metrics.write(self.step, **measured)
+                tqdm.write("  ".join([f"step {self.step}", *(f"{key} {value:.4f}" for key, value in measured.items())]))
+            self.accelerator.wait_for_everyone()
+
+    def _save(self, clock: Clock) -> None:
+        with clock.paused():
+            if self.unread:
+                self._read_losses()
+            if not all(torch.stack([weight.isfinite().all() for weight in self.best.parameters()]).tolist()):
+                raise TrainingError(self._advice(self.step - 1, float("nan")))
+            if self.accelerator.is_main_process:
+                scaler = self.accelerator.scaler
+                raw = self.optimizer.optimizer
+                self.store.save(
+                    self.best,
+                    TrainingState(
+                        step=self.step,
+                        weights=self.policy.state_dict(),
+                        optimizer=raw.state_dict(),
+                        lr_scheduler=self.lr_scheduler.state_dict(),
+                        grad_scaler=scaler.state_dict() if scaler is not None else None,
+                    ),
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _all_stop(self) -> bool:
+        """Agree with the other processes on stopping: they look up together when they log."""
+        return self.accelerator.num_processes == 1 or self.step % self.plan.log_every == 0
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.plan.max_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
+        )
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Tell whether something that happens `every` so many steps happens now; None is never."""
+    return every is not None and step % every == 0
+
+
+class Clock:
+    """Time training, apart from validation and saving; and the part of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.begin, self.waited = time.perf_counter(), 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Pass `batches` through, counting the time that each takes to come."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Return (seconds, seconds waited for data) since the last lap."""
+        now = time.perf_counter()
+        seconds, waited = now - self.begin, self.waited
+        self.begin, self.waited = now, 0.0
+        return seconds, waited
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the lap."""
+        start = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], int]]:
+    """Turn SIGTERM and the first Ctrl-C into a request; a second Ctrl-C interrupts at once.
+
+    Yields a function that returns the signal's number, or 0.
+    """
+    received: list[int] = []
+
+    def request(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step")
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | None) -> None:
+    """Bring a fresh trainer to where a checkpoint was."""
+    trainer.policy.load_state_dict(state.weights)
+    if trainer.ema is not None and average is not None:
+        trainer.ema.average.load_state_dict(average)
+    trainer.optimizer.optimizer.load_state_dict(state.optimizer)
+    trainer.lr_scheduler.load_state_dict(state.lr_scheduler)
+    if trainer.accelerator.scaler is not None and state.grad_scaler:
+        trainer.accelerator.scaler.load_state_dict(state.grad_scaler)
+    trainer.step = state.step

@@ -1,0 +1,62 @@
+"""Write metrics: always to `metrics.jsonl` in the run folder, and to TensorBoard or wandb if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Append lines of metrics to a run's `metrics.jsonl`, and pass them to Accelerate's trackers.
+
+    Args:
+        folder: the run folder.
+        accelerator: its trackers get every number; only the main process writes.
+        start_step: lines after this step are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, start_step: int = 0) -> None:
+        self.path, self.accelerator = folder / METRICS_FILE, accelerator
+        self.active = accelerator.is_main_process
+        if self.active:
+            kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Write one line."""
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics; a last line that was cut short is left out."""
+    path = folder / METRICS_FILE
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def tracker_setup(name: str) -> list[str]:
+    """Return Accelerate's `log_with` for a tracker; wandb without a key goes offline by itself."""
+    if name == "wandb":
+        import wandb
+
+        if "WANDB_MODE" not in os.environ and not os.environ.get("WANDB_API_KEY") and not wandb.Api.api_key_exists():
+            os.environ["WANDB_MODE"] = "offline"
+    return [] if name == "local" else [name]

@@ -1,0 +1,103 @@
+"""Measure a policy on held-out episodes: the loss with fixed noise, and the error of the actions that it samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from getiaction.data.batches import Batch, Gatherer
+from getiaction.keys import ACTION, ACTION_IS_PAD
+from getiaction.policy import DiffusionPolicy
+from getiaction.random import Purpose, derive_seed, generator
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Hold sampled action chunks beside the recorded ones, in the dataset's units.
+
+    Args:
+        predicted: (n, Ta, Da).
+        recorded: (n, Ta, Da).
+        valid: (n, Ta), False past the end of an episode.
+    """
+
+    predicted: Tensor
+    recorded: Tensor
+    valid: Tensor
+
+    @property
+    def mean_absolute_error(self) -> float:
+        """Return the mean over all valid steps and dimensions."""
+        errors = (self.predicted - self.recorded).abs().mean(-1)[self.valid]
+        return float(errors.mean()) if len(errors) else float("nan")
+
+
+class Validator:
+    """Validate on a fixed spread of held-out samples: noise, denoising steps and crops are the same each time.
+
+    Args:
+        gatherer: of the held-out episodes.
+        max_samples: samples for the loss.
+        max_sampled: samples for the error of sampled actions; 0 skips it.
+        batch_size: samples at a time.
+        seed: of the run.
+    """
+
+    def __init__(self, gatherer: Gatherer, *, max_samples: int, max_sampled: int, batch_size: int, seed: int) -> None:
+        self.gatherer, self.batch_size, self.seed = gatherer, batch_size, seed
+        self.ids = spread(len(gatherer.windows), max_samples)
+        self.sampled_ids = spread(len(gatherer.windows), max_sampled)
+
+    @torch.no_grad()
+    def loss(self, policy: DiffusionPolicy) -> float:
+        """Return the mean loss."""
+        draw = generator(self.seed, Purpose.VALIDATION)
+        total = torch.zeros((), device=self.gatherer.device)
+        for ids in self._batches(self.ids):
+            noise, timesteps = draw_noise(policy, len(ids), draw)
+            loss = policy(self.gatherer.gather(ids), noise.to(total.device), timesteps.to(total.device))
+            total += loss.float() * len(ids)
+        return float(total) / len(self.ids)
+
+    def sample(self, policy: DiffusionPolicy) -> Sampled:
+        """Sample actions and return them beside the recorded ones."""
+        device = self.gatherer.device
+        draw = torch.Generator(device).manual_seed(derive_seed(self.seed, Purpose.VALIDATION, 1))
+        first = policy.n_obs_steps - 1
+        executed = slice(first, first + policy.n_action_steps)
+        parts: list[Batch] = []
+        for ids in self._batches(self.sampled_ids):
+            batch = self.gatherer.gather(ids)
+            recorded, valid = batch[ACTION][:, executed], ~batch[ACTION_IS_PAD][:, executed]
+            parts.append({"predicted": policy.act_on(batch, generator=draw), "recorded": recorded, "valid": valid})
+        return Sampled(
+            **{key: torch.cat([part[key] for part in parts]).float().cpu() for key in ("predicted", "recorded")},
+            valid=torch.cat([part["valid"] for part in parts]).cpu(),
+        )
+
+    def __call__(self, policy: DiffusionPolicy) -> dict[str, float]:
+        """Return `val_loss`, and `val_action_error` in the dataset's units."""
+        was_training = policy.training
+        policy.eval()
+        metrics = {"val_loss": self.loss(policy)}
+        if len(self.sampled_ids):
+            metrics["val_action_error"] = self.sample(policy).mean_absolute_error
+        policy.train(was_training)
+        return metrics
+
+    def _batches(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Return at most `most` of `count` ids, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64)) if most else np.empty(0, np.int64)
+
+
+def draw_noise(policy: DiffusionPolicy, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw noise (count, T, Da) and denoising steps (count,) on the CPU."""
+    noise = torch.randn(count, policy.horizon, policy.features.action_dim, generator=draw)
+    return noise, torch.randint(policy.num_train_timesteps, (count,), generator=draw)

@@ -1,0 +1,98 @@
+"""Share what tests need: the real PushT data, a small ALOHA-like dataset, and a cache of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep decoded frames out of the user's cache, and decode them once a session."""
+    os.environ["GETIACTION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_LEROBOT_HOME"] = str(tmp_path_factory.mktemp("lerobot"))
+
+
+@pytest.fixture(scope="session")
+def pusht_root() -> Path:
+    """Return the real PushT demonstrations, 206 episodes with video."""
+    if not (SHARED / "pusht/meta/info.json").exists():
+        pytest.skip(f"needs the real PushT demonstrations in {SHARED / 'pusht'} (they are not part of the repository)")
+    return SHARED / "pusht"
+
+
+@pytest.fixture(scope="session")
+def pusht_keypoints_root() -> Path:
+    """Return the real PushT demonstrations as keypoints."""
+    if not (SHARED / "pusht_keypoints/meta/info.json").exists():
+        pytest.skip(
+            f"needs the real PushT keypoints in {SHARED / 'pusht_keypoints'} (they are not part of the repository)"
+        )
+    return SHARED / "pusht_keypoints"
+
+
+MakeDataset = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
+    """Return a function that records a small LeRobotDataset with LeRobot's own writer."""
+
+    def make(
+        *,
+        lengths: tuple[int, ...] = (12, 9),
+        cameras: tuple[str, ...] = ("observation.images.top", "observation.images.wrist"),
+        image_size: tuple[int, int] = (48, 64),
+        state_dim: int = 3,
+        action_dim: int = 3,
+        fps: int = 20,
+        use_videos: bool = True,
+    ) -> Path:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        root = tmp_path_factory.mktemp("dataset") / "data"
+        kind = "video" if use_videos else "image"
+        names = ["height", "width", "channels"]
+        features: dict = {key: {"dtype": kind, "shape": (*image_size, 3), "names": names} for key in cameras}
+        features["observation.state"] = {"dtype": "float32", "shape": (state_dim,), "names": None}
+        features["action"] = {"dtype": "float32", "shape": (action_dim,), "names": None}
+        dataset = LeRobotDataset.create("test/data", fps, features, root=root, use_videos=use_videos)
+        draw = np.random.default_rng(0)
+        for length in lengths:
+            walk = np.cumsum(draw.normal(size=(length, state_dim)), axis=0).astype(np.float32)
+            for step in range(length):
+                frame: dict = {key: moving_square(image_size, step, number) for number, key in enumerate(cameras)}
+                frame["observation.state"] = walk[step]
+                frame["action"] = walk[min(step + 1, length - 1), :action_dim]
+                frame["task"] = "move the square"
+                dataset.add_frame(frame)
+            dataset.save_episode()
+        dataset.finalize()
+        return root
+
+    return make
+
+
+def moving_square(size: tuple[int, int], step: int, number: int) -> np.ndarray:
+    """Return a picture whose content tells its step and camera, smooth enough for a video codec."""
+    height, width = size
+    ys, xs = np.mgrid[:height, :width]
+    picture = np.stack([xs * 255 / width, ys * 255 / height, np.full(size, 60 * number)], axis=-1)
+    left = (step * 3) % (width - width // 4)
+    picture[height // 4 : height // 2, left : left + width // 4] = (250, 40, 40)
+    return picture.astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def aloha_root(make_dataset: MakeDataset) -> Path:
+    """Return an ALOHA-like dataset: 14 joints, two 480x640 cameras, 50 Hz."""
+    return make_dataset(lengths=(30, 26), image_size=(480, 640), state_dim=14, action_dim=14, fps=50)
