@@ -8,6 +8,7 @@ from pathlib import Path
 
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.schema import Config
+from getiaction.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,12 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         InputError: the config or the dataset cannot work; nothing has been decoded or written yet.
         TrainingError: the run cannot go on.
     """
+    import torch
+
     from getiaction.config import run
-    from getiaction.config.checks import check_config, check_dataset
+    from getiaction.config.checks import check_config
+    from getiaction.config.dataset_checks import check_dataset
+    from getiaction.config.record import write_run_files
     from getiaction.data.metadata import find_dataset
     from getiaction.report.run import draw_report
 
@@ -32,8 +37,11 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     check_dataset(config, metadata)
     accelerator = run.start_accelerator(config, folder)
     trainer = run.build_trainer(config, metadata, accelerator, folder)
-    run.write_run_files(config, folder, accelerator)
-    metrics = trainer.fit()
+    write_run_files(config, folder, accelerator)
+    try:
+        metrics = trainer.fit()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(run.memory_advice(config, trainer)) from error
     if accelerator.is_main_process:
         for picture in draw_report(folder, trainer.validator, trainer.best):
             log.info("picture: %s", picture)
@@ -65,8 +73,6 @@ def run_hydra_job(config: Config) -> float | None:
 
 def main() -> None:
     """Run as a command; a run that cannot go on exits with 1, a mistake in the input with 2."""
-    from getiaction.errors import TrainingError
-
     try:
         hydra_main(run_hydra_job, "train")
     except TrainingError as error:

@@ -12,13 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from getiaction.config.schema import Config
-from getiaction.data.metadata import DatasetMetadata
-from getiaction.data.windows import check_delta_timestamps
 from getiaction.errors import InputError
-from getiaction.keys import ACTION, is_camera
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +139,11 @@ def check_time(config: Config) -> Iterator[Problem]:
     if policy.n_action_steps > longest:
         yield Problem(
             f"policy.n_action_steps={policy.n_action_steps} must be at most horizon - n_obs_steps + 1 = {longest}: "
-            f"use policy.n_action_steps={max(longest, 1)} or policy.horizon={policy.n_action_steps + policy.n_obs_steps - 1}"
+            f"use policy.n_action_steps={max(longest, 1)} or "
+            f"policy.horizon={policy.n_action_steps + policy.n_obs_steps - 1}"
         )
-    dims = config.unet.get("down_dims")
-    factor = 2 ** (len(dims) - 1) if dims else 1
+    dims = config.unet.get("down_dims") or [1]  # a U-Net without levels halves nothing
+    factor = 2 ** (len(dims) - 1)
     if policy.horizon % factor:
         low = policy.horizon // factor * factor
         options = " or ".join(str(value) for value in (low, low + factor) if value > 0)
@@ -155,9 +151,10 @@ def check_time(config: Config) -> Iterator[Problem]:
             f"unet.down_dims={dims} needs policy.horizon divisible by {factor} (time halves {len(dims) - 1} times), "
             f"got {policy.horizon}: use {options}"
         )
-    elif dims and policy.horizon % 2 ** len(dims):
+    elif "down_dims" in config.unet and policy.horizon % 2 ** len(dims):
         yield Problem(
-            f"policy.horizon={policy.horizon} trains here, but LeRobot opens checkpoints of unet.down_dims={dims} only with multiples of "
+            f"policy.horizon={policy.horizon} trains here, but LeRobot opens checkpoints of unet.down_dims={dims} "
+            "only with multiples of "
             f"{2 ** len(dims)}: use {-(-policy.horizon // 2 ** len(dims)) * 2 ** len(dims)} to keep that door open",
             is_error=False,
         )
@@ -173,7 +170,8 @@ def check_unet(config: Config) -> Iterator[Problem]:
         divisors = [number for number in range(1, min(dims) + 1) if all(dim % number == 0 for dim in dims)]
         fits = min(divisors, key=lambda number: (abs(number - groups), -number))
         yield Problem(
-            f"unet.n_groups={groups} must divide every entry of unet.down_dims={dims}, not {bad[0]}: use unet.n_groups={fits}"
+            f"unet.n_groups={groups} must divide every entry of unet.down_dims={dims}, not {bad[0]}: use "
+            f"unet.n_groups={fits}"
         )
     if unet.get("kernel_size", 1) % 2 == 0:
         size = unet["kernel_size"]
@@ -192,13 +190,17 @@ def check_pictures(config: Config) -> Iterator[Problem]:
         yield from check_crop(backbone.get("crop_shape"), backbone["resize_shape"], "backbone.resize_shape")
     if backbone.get("weights") and backbone.get("norm") == "group":
         yield Problem(
-            f"backbone.norm=group with backbone.weights={backbone['weights']}: convolutions keep their weights, norms start from "
-            "the pretrained affine values without their running statistics; backbone.norm=batch keeps the network whole",
+            f"backbone.norm=group with backbone.weights={backbone['weights']}: convolutions keep their weights, "
+            "norms start from "
+            ""
+            "the pretrained affine values without their running statistics; backbone.norm=batch keeps the network "
+            "whole",
             is_error=False,
         )
     if backbone.get("norm") == "batch" and config.training.batch_size < 4:
         yield Problem(
-            f"backbone.norm=batch with training.batch_size={config.training.batch_size}: batch statistics of so few samples are "
+            f"backbone.norm=batch with training.batch_size={config.training.batch_size}: batch statistics of so "
+            "few samples are "
             "noise; use backbone.norm=group or training.batch_size=16",
             is_error=False,
         )
@@ -227,7 +229,8 @@ def check_noise(config: Config) -> Iterator[Problem]:
     steps = scheduler["num_train_timesteps"]
     if policy.num_inference_steps is not None and policy.num_inference_steps > steps:
         yield Problem(
-            f"policy.num_inference_steps={policy.num_inference_steps} must be at most scheduler.num_train_timesteps={steps}: "
+            f"policy.num_inference_steps={policy.num_inference_steps} must be at most "
+            f"scheduler.num_train_timesteps={steps}: "
             f"use policy.num_inference_steps={steps}, or null"
         )
     from getiaction.config.build import build_noise_scheduler
@@ -235,7 +238,8 @@ def check_noise(config: Config) -> Iterator[Problem]:
     alpha = float(build_noise_scheduler(config).alphas_cumprod[-1])
     if alpha > NOISE_REACHED:
         yield Problem(
-            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} ends at cumulative "
+            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} "
+            "ends at cumulative "
             f"alpha {alpha:.2f}, above {NOISE_REACHED}: training never sees the noise that acting starts from; "
             "use scheduler.beta_schedule=squaredcos_cap_v2",
             is_error=False,
@@ -243,7 +247,9 @@ def check_noise(config: Config) -> Iterator[Problem]:
     if scheduler.get("clip_sample") and policy.normalization.action != "min_max":
         yield Problem(
             f"scheduler.clip_sample=true clips actions to {scheduler.get('clip_sample_range', 1.0)}, but "
-            f"policy.normalization.action={policy.normalization.action} reaches further: use min_max, or scheduler.clip_sample=false",
+            ""
+            f"policy.normalization.action={policy.normalization.action} reaches further: use min_max, or "
+            "scheduler.clip_sample=false",
             is_error=False,
         )
 
@@ -255,7 +261,8 @@ def check_training(config: Config) -> Iterator[Problem]:
         yield Problem("training.max_steps and training.max_epochs are both null: set one, training.max_steps=20000")
     if schedule.name == "constant" and schedule.num_warmup_steps:
         yield Problem(
-            f"lr_scheduler.name=constant does not warm up, lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} has no "
+            "lr_scheduler.name=constant does not warm up, "
+            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} has no "
             "effect: use lr_scheduler.name=constant_with_warmup",
             is_error=False,
         )
@@ -265,7 +272,8 @@ def check_training(config: Config) -> Iterator[Problem]:
         and training.max_epochs is None
     ):
         yield Problem(
-            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} reaches past training.max_steps={training.max_steps}: the "
+            f"lr_scheduler.num_warmup_steps={schedule.num_warmup_steps} reaches past "
+            f"training.max_steps={training.max_steps}: the "
             f"learning rate never arrives; use lr_scheduler.num_warmup_steps={training.max_steps // 10}",
             is_error=False,
         )
@@ -288,65 +296,3 @@ def check_devices(config: Config) -> Iterator[Problem]:
             f"hardware.num_processes={hardware.num_processes} needs as many GPUs, torch sees {gpus}: use "
             f"hardware.num_processes={max(gpus, 1)}, or hardware.device=cpu to try it on the CPU"
         )
-
-
-def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
-    """Check the config against what the dataset says of itself.
-
-    Raises:
-        InputError: all errors, one a line; with `strict`, warnings too.
-    """
-    report(list(check_observations(config, metadata)) + list(check_episodes(config, metadata)), strict=config.strict)
-    if config.dataset.delta_timestamps:
-        unknown = [key for key in config.dataset.delta_timestamps if key not in metadata.features]
-        if unknown:
-            raise InputError(
-                f"dataset.delta_timestamps names {', '.join(unknown)}; the dataset has {', '.join(metadata.features)}"
-            )
-        policy = config.policy
-        check_delta_timestamps(
-            config.dataset.delta_timestamps, n_obs_steps=policy.n_obs_steps, horizon=policy.horizon, fps=metadata.fps
-        )
-
-
-def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
-    """Check that the observations exist, and that the crop fits their pictures."""
-    has = {key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION}
-    chosen = config.dataset.observations
-    if chosen is not None and (unknown := sorted(set(chosen) - has)):
-        yield Problem(f"dataset.observations={unknown} are not in {metadata.repo_id}: choose from {sorted(has)}")
-        return
-    used = chosen if chosen is not None else [key for key in has if config.uses_images or not is_camera(key)]
-    cameras = {key: metadata.cameras[key] for key in used if is_camera(key)}
-    if cameras and not config.uses_images:
-        yield Problem(
-            f"backbone=none cannot see dataset.observations={sorted(cameras)}: use backbone=resnet18, or leave them out"
-        )
-    if config.uses_images and not cameras:
-        yield Problem(f"the backbone needs a camera and none of {sorted(used)} is one: use backbone=none")
-    if not used:
-        yield Problem(f"{metadata.repo_id} has no observation that backbone=none can use: use backbone=resnet18")
-    if len(set(cameras.values())) > 1:
-        yield Problem(f"all cameras must have one shape, got {cameras}: choose some with dataset.observations")
-    elif cameras and not config.backbone.get("resize_shape"):
-        _, height, width = next(iter(cameras.values()))
-        yield from check_crop(config.backbone.get("crop_shape"), [height, width], "the recorded picture")
-
-
-def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
-    """Check that the chosen episodes exist and leave some for training."""
-    for key in ("episodes", "val_episodes"):
-        chosen = getattr(config.dataset, key)
-        if chosen is None:
-            continue
-        missing = sorted(set(chosen) - set(metadata.episode_indices))
-        if missing:
-            last = metadata.episode_indices[-1]
-            yield Problem(
-                f"dataset.{key}={missing} do not exist: {metadata.repo_id} has episodes {metadata.episode_indices[0]} to {last}"
-            )
-        if len(set(chosen)) < len(chosen):
-            twice = sorted(np.array(chosen)[[chosen.count(index) > 1 for index in chosen]].tolist())
-            yield Problem(f"dataset.{key} names {sorted(set(twice))} twice: name each episode once")
-    if config.dataset.episodes is not None and not config.dataset.episodes:
-        yield Problem("dataset.episodes=[] leaves nothing to train on: use null for all episodes")

@@ -190,6 +190,7 @@ def run_folder(name: str, resume: Any) -> str:
     folder = Path(str(resume))
     if not (folder / "checkpoints").is_dir():
         raise InputError(
-            f"training.resume={resume} is no run folder with checkpoints: give outputs/<name>/<date_time>, or true for the newest"
+            f"training.resume={resume} is no run folder with checkpoints: give outputs/<name>/<date_time>, or true "
+            "for the newest"
         )
     return str(folder)

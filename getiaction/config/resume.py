@@ -42,7 +42,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     path = folder / "config.yaml"
     if not path.exists():
         raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
-    saved = OmegaConf.create(yaml.safe_load(path.read_text()))
+    saved = OmegaConf.create(dict(yaml.safe_load(path.read_text())))
     now = OmegaConf.structured(config)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")

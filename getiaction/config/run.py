@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
-import subprocess
-import sys
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import nn
 
@@ -34,14 +26,13 @@ from getiaction.data.windows import Windows
 from getiaction.interop.lerobot import WEIGHTS, load_file, not_for_lerobot, write_policy
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
-from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, read_state, write_json
+from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.loop import Plan, Trainer, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.validation import Validator
 
 log = logging.getLogger(__name__)
-PACKAGES = ("getiaction", "torch", "torchvision", "accelerate", "diffusers", "lerobot", "hydra-core", "numpy")
 
 
 def start_accelerator(config: Config, folder: Path) -> Accelerator:
@@ -229,33 +220,26 @@ def announce(
     )  # fmt: skip
 
 
-def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> None:
-    """Write `config.yaml` (resolved) and `run.json` (command, versions, hardware); a resumed run keeps the first ones."""
-    if not accelerator.is_main_process:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    if not (folder / "run.json").exists():
-        write_json(folder / "run.json", describe_machine(accelerator))
-
-
-def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what a number needs beside it: command, versions, commit, hardware."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+def memory_advice(config: Config, trainer: Trainer) -> str:
+    """Return what helps when the device has no memory left, as overrides ready to paste."""
+    device, training, backbone = trainer.accelerator.device, config.training, config.backbone
+    half = max(training.batch_size // 2, 1)
+    remedies = [
+        f"training.batch_size={half} training.gradient_accumulation_steps={training.gradient_accumulation_steps * 2}"
+        "   # the same global batch in smaller pieces"
+    ]
+    if dims := config.unet.get("down_dims"):
+        remedies.append(f"unet.down_dims='[{','.join(str(dim // 2) for dim in dims)}]'   # a smaller U-Net")
+    if config.uses_images:
+        side = backbone.get("crop_shape") or backbone.get("resize_shape") or trainer.policy.encoders[0].input_shape
+        resized = [size * 3 // 4 for size in side]
+        remedies.append(
+            f"backbone.resize_shape='{resized}' backbone.crop_shape=null   # smaller pictures".replace(", ", ",")
+        )
+    if trainer.accelerator.mixed_precision == "no":
+        remedies.append("hardware.mixed_precision=auto   # half the memory for activations")
+    kept = trainer.store.steps()
+    saved = f"; checkpoint {kept[-1]} is saved" if kept else ""
+    return f"{device} has no memory left at step {trainer.step + 1}{saved}. Any of these helps:\n  " + "\n  ".join(
+        remedies
     )
-    device = accelerator.device
-    return {
-        "command": sys.argv,
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }

@@ -118,7 +118,7 @@ class Gatherer:
         batch[ACTION_IS_PAD] = torch.from_numpy(is_pad)
         if corners is None and self.crop_shape is not None:
             tall, wide = self.margins  # the centre as torchvision's center_crop rounds it
-            centre = [int(round((tall - 1) / 2)), int(round((wide - 1) / 2))]
+            centre = [round((tall - 1) / 2), round((wide - 1) / 2)]
             corners = np.broadcast_to(np.array(centre), (len(ids), len(self.frames), 2))
         for number, camera in enumerate(self.frames):
             corner = None if corners is None or self.crop_shape is None else corners[:, number]

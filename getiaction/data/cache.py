@@ -212,7 +212,8 @@ def open_cache(path: Path, cameras: list[str], resize: Size | None) -> Episodes:
         shape = tuple(content["frames"][camera])
         if resize is not None and tuple(shape[1:3]) != tuple(resize):
             raise InputError(
-                f"frame cache {path} holds {camera} at {list(shape[1:3])}, backbone.resize_shape={list(resize)} is needed"
+                f"frame cache {path} holds {camera} at {list(shape[1:3])}, backbone.resize_shape={list(resize)} is "
+                "needed"
             )
         file = path / f"{camera}.frames"
         if not file.exists() or file.stat().st_size != np.prod(shape):

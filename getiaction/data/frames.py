@@ -59,7 +59,8 @@ def decode_camera(
         flush()
     if not written.all():
         raise InputError(
-            f"{metadata.root}: {camera} has no picture for {int((~written).sum())} of {len(out)} frames: fetch the dataset again"
+            f"{metadata.root}: {camera} has no picture for {int((~written).sum())} of {len(out)} frames: fetch the "
+            "dataset again"
         )
 
 
@@ -113,7 +114,8 @@ def decode_video(path: Path, wanted: list[tuple[float, int]]) -> Iterator[tuple[
         raise InputError(f"{path} cannot be decoded ({error}): fetch the dataset again") from error
     if position < len(wanted):
         raise InputError(
-            f"{path} has no frame at {wanted[position][0]:.3f} s, which the dataset's table names: fetch the dataset again"
+            f"{path} has no frame at {wanted[position][0]:.3f} s, which the dataset's table names: fetch the "
+            "dataset again"
         )
 
 

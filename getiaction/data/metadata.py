@@ -156,7 +156,8 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
     except Exception as error:  # requests, huggingface_hub and LeRobot each raise their own
         raise InputError(
             f"dataset.repo_id={repo_id} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local folder with dataset.root=<folder>"
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local "
+            "folder with dataset.root=<folder>"
         ) from error
     return read_metadata(Path(found.root), repo_id, str(found.revision))
 

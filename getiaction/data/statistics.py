@@ -75,6 +75,7 @@ def split_episodes(
     training = sorted(set(indices) - held_out)
     if not training:
         raise InputError(
-            f"all {len(indices)} episodes are held out for validation: lower dataset.val_fraction or dataset.val_episodes"
+            f"all {len(indices)} episodes are held out for validation: lower dataset.val_fraction or "
+            "dataset.val_episodes"
         )
     return training, sorted(held_out)

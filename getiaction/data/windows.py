@@ -46,7 +46,8 @@ def check_delta_timestamps(
             if len(expected) > 3
             else str([round(value, 4) for value in expected])
         )
-        fix = f"leave dataset.delta_timestamps out (it is derived), or use {shown} ({len(expected)} steps, {1 / fps:g} s apart)"
+        steps = f"{len(expected)} steps, {1 / fps:g} s apart"
+        fix = f"leave dataset.delta_timestamps out (it is derived), or use {shown} ({steps})"
         if len(values) != len(expected):
             raise InputError(
                 f"dataset.delta_timestamps.{key} has {len(values)} steps, {rule} needs {len(expected)}: {fix}"

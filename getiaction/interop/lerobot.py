@@ -70,7 +70,7 @@ def not_for_lerobot(policy: DiffusionPolicy) -> list[str]:
     if policy.horizon % 2 ** len(policy.diffusion.unet.down_dims):
         reasons.append(f"policy.horizon={policy.horizon} with {len(policy.diffusion.unet.down_dims)} U-Net levels")
     for encoder in policy.encoders[:1]:
-        if encoder.resize_shape and encoder.crop_shape and crop_ratio(encoder) is None:
+        if crop_ratio(encoder) is None:
             reasons.append(
                 f"backbone.crop_shape={list(encoder.crop_shape)} of backbone.resize_shape={list(encoder.resize_shape)}"
             )
@@ -79,14 +79,15 @@ def not_for_lerobot(policy: DiffusionPolicy) -> list[str]:
 
 def crop_ratio(encoder: ImageEncoder) -> float | None:
     """Return a ratio from which LeRobot's `int(side * ratio)` gives the crop of a resized picture, if there is one."""
-    assert encoder.resize_shape and encoder.crop_shape
+    if not encoder.resize_shape or not encoder.crop_shape:
+        return 1.0
     ratio = max((crop + 0.01) / side for crop, side in zip(encoder.crop_shape, encoder.resize_shape, strict=True))
     same = tuple(int(side * ratio) for side in encoder.resize_shape) == encoder.crop_shape
     return min(ratio, 1.0) if same else None
 
 
 def lerobot_config(policy: DiffusionPolicy) -> dict[str, Any]:
-    """Return LeRobot's `config.json`. For a policy that LeRobot has no equal for, its type says so, and LeRobot refuses."""
+    """Return LeRobot's `config.json`; where LeRobot has no equal, another type in it makes LeRobot refuse."""
     features, unet, scheduler = policy.features, policy.diffusion.unet, policy.noise_scheduler.config
     encoder = policy.encoders[0] if policy.encoders else None
     foreign = bool(not_for_lerobot(policy))
@@ -126,7 +127,7 @@ def lerobot_config(policy: DiffusionPolicy) -> dict[str, Any]:
         config |= {
             "vision_backbone": encoder.resnet,
             "resize_shape": list(encoder.resize_shape) if encoder.resize_shape else None,
-            "crop_ratio": (crop_ratio(encoder) or 1.0) if encoder.resize_shape and encoder.crop_shape else 1.0,
+            "crop_ratio": crop_ratio(encoder) or 1.0,
             "crop_shape": list(encoder.crop_shape) if encoder.crop_shape else None,
             "crop_is_random": encoder.crop_is_random,
             "use_group_norm": encoder.norm == "group",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -94,7 +94,7 @@ class DiffusionPolicy(nn.Module):
         if not self.features.cameras:
             return []
         encoder = self.diffusion.rgb_encoder
-        return list(encoder) if isinstance(encoder, nn.ModuleList) else [encoder]
+        return cast(list[ImageEncoder], list(encoder)) if isinstance(encoder, nn.ModuleList) else [encoder]
 
     # --- training -----------------------------------------------------------------------------------------------------
 

@@ -139,7 +139,8 @@ def load_resnet(name: str, weights: str | None) -> nn.Module:
         network.load_state_dict(chosen.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (URLError, OSError) as error:
         raise ValueError(
-            f"backbone.weights={weights} could not be fetched ({error}). Two ways out: backbone.weights=null trains from "
+            f"backbone.weights={weights} could not be fetched ({error}). Two ways out: backbone.weights=null "
+            "trains from "
             f"scratch; or put the file {chosen.url.rsplit('/', 1)[-1]} into {torch.hub.get_dir()}/checkpoints"
         ) from error
     return network

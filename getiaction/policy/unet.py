@@ -7,7 +7,8 @@ Source: Chi et al., arXiv:2303.04137; Janner et al., arXiv:2205.09991; FiLM: Per
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -153,18 +154,23 @@ class ConditionalUnet1d(nn.Module):
         x = rearrange(noisy_actions, "b t d -> b d t")
         cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
         skips: list[Tensor] = []
-        for first, second, halve in self.down_modules:
+        for first, second, halve in levels(self.down_modules):
             x = self._run(second, self._run(first, x, cond), cond)
             skips.append(x)
             x = halve(x)
         for middle in self.mid_modules:
             x = self._run(middle, x, cond)
-        for first, second, double in self.up_modules:
+        for first, second, double in levels(self.up_modules):
             x = torch.cat([x, skips.pop()], dim=1)
             x = double(self._run(second, self._run(first, x, cond), cond))
         return rearrange(self.final_conv(x), "b d t -> b t d")
 
-    def _run(self, block: ResidualBlock, x: Tensor, cond: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, cond: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, x, cond, use_reentrant=False)
         return block(x, cond)
+
+
+def levels(modules: nn.ModuleList) -> Iterable[tuple[ResidualBlock, ResidualBlock, nn.Module]]:
+    """Return the levels of one side of the U-Net: two blocks and a change of time's resolution."""
+    return cast(Iterable[tuple[ResidualBlock, ResidualBlock, nn.Module]], modules)

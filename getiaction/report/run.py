@@ -48,7 +48,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> Path:
 
 
 def draw_trajectories(sampled: Sampled, path: Path) -> Path:
-    """Draw sampled action chunks beside the recorded ones: paths in the plane for two dimensions, else curves over time."""
+    """Draw sampled chunks beside the recorded ones: paths in the plane if Da is 2, else curves over time."""
     from matplotlib import pyplot
 
     chosen = np.unique(np.linspace(0, len(sampled.predicted) - 1, PANELS).astype(int))

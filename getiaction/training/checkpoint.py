@@ -184,4 +184,4 @@ def point_last_at(folder: Path, name: str) -> None:
     link = folder / f".{LAST}-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
-    os.replace(link, folder / LAST)
+    link.replace(folder / LAST)

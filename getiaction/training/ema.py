@@ -6,7 +6,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -14,9 +14,9 @@ Module = TypeVar("Module", bound=nn.Module)
 class Ema:
     """Average the weights of a module; copy its buffers (the running statistics of batch norm).
 
-    The decay after `step` updates is `min(1 - (1 + step) ** -power, max_decay)`, and 0 at first: the reference recipe
-    (real-stanford/diffusion_policy, `EMAModel`). All tensors are updated by a handful of fused calls, with no
-    host-device synchronisation.
+    The decay of update n, counted from 0, is `min(1 - n ** -power, max_decay)`, and 0 for the first two: the reference
+    recipe (real-stanford/diffusion_policy, `EMAModel`). All tensors are updated by two fused calls, with no host-device
+    synchronisation.
 
     Args:
         module: the module to follow; `average` starts as its copy.
@@ -28,13 +28,12 @@ class Ema:
 
     def decay(self, step: int) -> float:
         """Return the decay of update number `step`, counted from 0."""
-        return 0.0 if step <= 0 else min(1 - (1 + step) ** -self.power, self.max_decay)
+        return min(1 - max(step, 1) ** -self.power, self.max_decay)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 0."""
-        averages, weights = list(self.average.parameters()), list(module.parameters())
+        averages: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(module.parameters())
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
-        buffers = [buffer for buffer in self.average.buffers()]
-        if buffers:
-            torch._foreach_copy_(buffers, list(module.buffers()))
+        torch._foreach_copy_(list(self.average.buffers()), list(module.buffers()))

@@ -149,7 +149,7 @@ class Trainer:
         )
 
     def _read_losses(self) -> list[float]:
-        """Return the mean loss over processes of each unread step. The only place where the host waits for the device."""
+        """Return each unread step's mean loss over processes. Only here does the host wait for the device."""
         gathered = self.accelerator.gather(torch.cat(self.unread)[None])  # (processes, steps)
         losses = gathered.float().mean(0).tolist()
         self.unread.clear()
@@ -159,14 +159,14 @@ class Trainer:
         return losses
 
     def _advice(self, step: int, loss: float) -> str:
-        kept = self.store.steps()
-        windows = self.batches.gatherer.windows
-        rows = windows.now[self.batches.ids(step)].tolist()
+        """Explain a loss that is not finite: the step, its samples, and what helps."""
+        ids, kept = self.batches.ids(step)[:8], self.store.steps()
+        rows = self.batches.gatherer.windows.now[ids].tolist()
+        saved = f"The last good checkpoint is step {kept[-1]}." if kept else "No checkpoint was saved yet."
         return (
-            f"the loss is {loss} at step {step + 1}. Its batch holds the frames {rows[:8]}{'...' if len(rows) > 8 else ''} "
-            f"(samples {self.batches.ids(step)[:8].tolist()}...). What helps: a lower rate, optimizer.lr=3e-5; clipping, "
-            "training.max_grad_norm=10.0; a longer warm-up, lr_scheduler.num_warmup_steps=2000; full precision, "
-            f"hardware.mixed_precision=no. {'The last good checkpoint is step ' + str(kept[-1]) if kept else 'No checkpoint was saved yet'}."
+            f"the loss is {loss} at step {step + 1}. Its batch begins with the samples {ids.tolist()} (frames {rows}). "
+            "What helps: a lower rate, optimizer.lr=3e-5; clipping, training.max_grad_norm=10.0; a longer warm-up, "
+            f"lr_scheduler.num_warmup_steps=2000; full precision, hardware.mixed_precision=no. {saved}"
         )
 
     def _validate(self, clock: Clock) -> None:

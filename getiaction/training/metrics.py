@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
@@ -29,7 +31,7 @@ class MetricsWriter:
             kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            temporary.replace(self.path)
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line."""
@@ -54,9 +56,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def tracker_setup(name: str) -> list[str]:
     """Return Accelerate's `log_with` for a tracker; wandb without a key goes offline by itself."""
-    if name == "wandb":
-        import wandb
-
-        if "WANDB_MODE" not in os.environ and not os.environ.get("WANDB_API_KEY") and not wandb.Api.api_key_exists():
-            os.environ["WANDB_MODE"] = "offline"
+    if name == "wandb" and "WANDB_MODE" not in os.environ and not has_wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
     return [] if name == "local" else [name]
+
+
+def has_wandb_key() -> bool:
+    """Tell whether wandb will find an API key: in WANDB_API_KEY, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

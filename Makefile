@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make train` sets up and trains, `make test` sets up and runs the tests.
+#   make train PRESET=pusht_fast ARGS="seed=1 training.max_steps=200"
+PRESET ?= pusht_cpu
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Until the project has demonstrations of its own: the ones in the shared folder where it is, else the Hub's.
+DEMOS := $(wildcard ../shared/data/pusht)
+ROOT := $(if $(and $(DEMOS),$(filter pusht_%,$(PRESET))),dataset.root=$(DEMOS))
+
+# The first Python >= 3.12 with a venv module, .python-version's (pyenv obeys it) before others.
+PYTHON ?= $(shell for python in python3.12 python3 python3.13 python; do \
+	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then echo $$python; break; fi; done)
+
+.PHONY: help setup train test lint ci clean
+
+help:  ## Show what there is to make.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## Make .venv with everything in it, pinned by constraints.txt.
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.12 found: install one (pyenv install 3.12, apt install python3.12-venv, or uv python install 3.12), or name it with make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+train: setup  ## Train PRESET (pusht_cpu) with ARGS.
+	$(BIN)/python -m getiaction.train +preset=$(PRESET) $(ROOT) $(ARGS)
+
+test: setup  ## Run the tests; ARGS goes to pytest.
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## Check style (ruff), types (mypy) and the walls between the rooms (import-linter).
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+ci: lint test  ## What continuous integration runs.
+
+clean:  ## Remove .venv and what tools left; runs in outputs/ stay.
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

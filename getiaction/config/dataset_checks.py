@@ -1,0 +1,75 @@
+"""Check a config against the dataset that it names: observations, pictures, episodes, time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from getiaction.config.checks import Problem, check_crop, report
+from getiaction.config.schema import Config
+from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.windows import check_delta_timestamps
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, is_camera
+
+
+def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
+    """Check the config against what the dataset says of itself.
+
+    Raises:
+        InputError: all errors, one a line; with `strict`, warnings too.
+    """
+    report(list(check_observations(config, metadata)) + list(check_episodes(config, metadata)), strict=config.strict)
+    if config.dataset.delta_timestamps:
+        unknown = [key for key in config.dataset.delta_timestamps if key not in metadata.features]
+        if unknown:
+            raise InputError(
+                f"dataset.delta_timestamps names {', '.join(unknown)}; the dataset has {', '.join(metadata.features)}"
+            )
+        policy = config.policy
+        check_delta_timestamps(
+            config.dataset.delta_timestamps, n_obs_steps=policy.n_obs_steps, horizon=policy.horizon, fps=metadata.fps
+        )
+
+
+def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
+    """Check that the observations exist, and that the crop fits their pictures."""
+    has = {key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION}
+    chosen = config.dataset.observations
+    if chosen is not None and (unknown := sorted(set(chosen) - has)):
+        yield Problem(f"dataset.observations={unknown} are not in {metadata.repo_id}: choose from {sorted(has)}")
+        return
+    used = chosen if chosen is not None else [key for key in has if config.uses_images or not is_camera(key)]
+    cameras = {key: metadata.cameras[key] for key in used if is_camera(key)}
+    if cameras and not config.uses_images:
+        yield Problem(
+            f"backbone=none cannot see dataset.observations={sorted(cameras)}: use backbone=resnet18, or leave them out"
+        )
+    if config.uses_images and not cameras:
+        yield Problem(f"the backbone needs a camera and none of {sorted(used)} is one: use backbone=none")
+    if not used:
+        yield Problem(f"{metadata.repo_id} has no observation that backbone=none can use: use backbone=resnet18")
+    if len(set(cameras.values())) > 1:
+        yield Problem(f"all cameras must have one shape, got {cameras}: choose some with dataset.observations")
+    elif cameras and not config.backbone.get("resize_shape"):
+        _, height, width = next(iter(cameras.values()))
+        yield from check_crop(config.backbone.get("crop_shape"), [height, width], "the recorded picture")
+
+
+def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
+    """Check that the chosen episodes exist and leave some for training."""
+    for key in ("episodes", "val_episodes"):
+        chosen = getattr(config.dataset, key)
+        if chosen is None:
+            continue
+        missing = sorted(set(chosen) - set(metadata.episode_indices))
+        if missing:
+            last = metadata.episode_indices[-1]
+            yield Problem(
+                f"dataset.{key}={missing} do not exist: {metadata.repo_id} has episodes "
+                f"{metadata.episode_indices[0]} to {last}"
+            )
+        if len(set(chosen)) < len(chosen):
+            twice = {index for index in chosen if chosen.count(index) > 1}
+            yield Problem(f"dataset.{key} names {sorted(twice)} twice: name each episode once")
+    if config.dataset.episodes is not None and not config.dataset.episodes:
+        yield Problem("dataset.episodes=[] leaves nothing to train on: use null for all episodes")

@@ -1,0 +1,66 @@
+"""Write down what a run is: its config, its command, and the machine and versions that its numbers belong to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from getiaction.config.schema import Config
+from getiaction.training.checkpoint import write_json
+
+PACKAGES = ("getiaction", "torch", "torchvision", "accelerate", "diffusers", "lerobot", "hydra-core", "numpy")
+
+
+def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Write `config.yaml` (resolved) and `run.json` (command, versions, hardware), unless they are there."""
+    if not accelerator.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    if not (folder / "run.json").exists():
+        write_json(folder / "run.json", describe_machine(accelerator))
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a number needs beside it: command, versions, commit, hardware."""
+    device = accelerator.device
+    return {
+        "command": sys.argv,
+        "commit": find_commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else find_cpu(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def find_commit() -> str | None:
+    """Return the commit of this checkout, with "+" if files have changed since; None for an installed wheel."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished.stdout.strip() or None
+
+
+def find_cpu() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
