@@ -26,3 +26,7 @@ def main() -> None:
     from getiaction import train
 
     train.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from getiaction.config.compose import main as hydra_main
@@ -28,25 +27,27 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     from getiaction.config import run
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
-    from getiaction.config.record import write_run_files
+    from getiaction.config.record import check_folder, write_run_files
     from getiaction.data.metadata import find_dataset
     from getiaction.report.run import draw_report
 
     check_config(config)
+    check_folder(config, folder)
     metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
     check_dataset(config, metadata)
     accelerator = run.start_accelerator(config, folder)
-    trainer = run.build_trainer(config, metadata, accelerator, folder)
-    write_run_files(config, folder, accelerator)
     try:
+        trainer = run.build_trainer(config, metadata, accelerator, folder)
+        write_run_files(config, folder, accelerator)
         metrics = trainer.fit()
+        if accelerator.is_main_process:
+            for picture in draw_report(folder, trainer.validator, trainer.best):
+                log.info("picture: %s", picture)
+            log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
     except torch.OutOfMemoryError as error:
-        raise TrainingError(run.memory_advice(config, trainer)) from error
-    if accelerator.is_main_process:
-        for picture in draw_report(folder, trainer.validator, trainer.best):
-            log.info("picture: %s", picture)
-        log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
-    accelerator.end_training()
+        raise TrainingError(run.memory_advice(config, accelerator)) from error
+    finally:
+        accelerator.end_training()  # trackers write what they hold
     return metrics
 
 
@@ -72,12 +73,8 @@ def run_hydra_job(config: Config) -> float | None:
 
 
 def main() -> None:
-    """Run as a command; a run that cannot go on exits with 1, a mistake in the input with 2."""
-    try:
-        hydra_main(run_hydra_job, "train")
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """Run as a command."""
+    hydra_main(run_hydra_job, "train")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from getiaction.data.metadata import DatasetMetadata
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import DiffusionPolicy, Features, Normalizer
+from getiaction.policy.encoder import load_resnet
 from getiaction.random import Purpose, derive_seed
 
 
@@ -63,6 +64,20 @@ def build_features(config: Config, metadata: DatasetMetadata) -> Features:
         env_state_dim=metadata.vectors[OBS_ENV_STATE] if OBS_ENV_STATE in keys else None,
         cameras={key: metadata.cameras[key] for key in keys if is_camera(key)},
     )
+
+
+def fetch_weights(config: Config) -> None:
+    """Bring the backbone's pretrained weights into torch's cache, before anything slow is done.
+
+    Raises:
+        InputError: they do not exist, or cannot be fetched.
+    """
+    weights = config.backbone.get("weights")
+    if weights is not None:
+        try:
+            load_resnet(config.backbone["resnet"], weights)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 def build_policy(

@@ -5,69 +5,16 @@ Every message names the key, the value, the rule and the fix. Nothing has been d
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
+from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
-from getiaction.errors import InputError
+from getiaction.config.value_checks import check_values
+from getiaction.policy.unet import FINAL_GROUPS
 
-log = logging.getLogger(__name__)
-
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
-CHOICES = {
-    "policy.normalization.visual": ("mean_std", "min_max", "identity"),
-    "policy.normalization.state": ("mean_std", "min_max", "identity"),
-    "policy.normalization.env": ("mean_std", "min_max", "identity"),
-    "policy.normalization.action": ("mean_std", "min_max", "identity"),
-    "backbone.norm": ("group", "batch"),
-    "scheduler.prediction_type": ("epsilon", "sample", "v_prediction"),
-    "lr_scheduler.name": LR_SCHEDULERS,
-    "dataset.image_stats": ("imagenet", "half", "dataset"),
-    "hardware.device": ("auto", "cuda", "mps", "cpu"),
-    "hardware.mixed_precision": ("no", "bf16", "fp16", "auto"),
-    "hardware.data_placement": ("auto", "device", "host"),
-    "tracker.name": ("local", "tensorboard", "wandb"),
-}
-AT_LEAST = {
-    "seed": 0,
-    "policy.n_obs_steps": 1,
-    "policy.horizon": 1,
-    "policy.n_action_steps": 1,
-    "policy.num_inference_steps": 1,
-    "policy.drop_n_last_frames": 0,
-    "backbone.num_keypoints": 1,
-    "unet.kernel_size": 1,
-    "unet.n_groups": 1,
-    "unet.diffusion_step_embed_dim": 4,
-    "scheduler.num_train_timesteps": 1,
-    "lr_scheduler.num_warmup_steps": 0,
-    "training.batch_size": 1,
-    "training.gradient_accumulation_steps": 1,
-    "training.max_steps": 1,
-    "training.max_epochs": 1,
-    "training.log_every": 1,
-    "training.save_every": 1,
-    "training.keep_checkpoints": 1,
-    "validation.every": 1,
-    "validation.max_samples": 1,
-    "validation.max_sampled": 0,
-    "hardware.num_processes": 1,
-    "hardware.num_threads": 1,
-}
 NOISE_REACHED = 0.02  # largest cumulative alpha at the last step that still counts as noise
 HALF = 0.5  # a crop that shows less of the picture than this loses the task
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Hold one finding: an error cannot work, a warning works badly."""
-
-    message: str
-    is_error: bool = True
 
 
 def check_config(config: Config) -> None:
@@ -79,57 +26,6 @@ def check_config(config: Config) -> None:
     simple = list(check_values(config))
     checks = () if simple else (check_time, check_unet, check_pictures, check_noise, check_training)
     report(simple + [problem for check in checks for problem in check(config)], strict=config.strict)
-
-
-def report(problems: list[Problem], *, strict: bool) -> None:
-    """Log warnings and raise errors, all at once."""
-    errors = [problem.message for problem in problems if problem.is_error or strict]
-    for problem in problems:
-        if not problem.is_error and not strict:
-            log.warning("warning: %s", problem.message)
-    if errors:
-        raise InputError("\n       ".join(errors))
-
-
-def look_up(config: Config, key: str) -> Any:
-    """Return a dotted key's value; None where the chosen group does not have it."""
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else getattr(node, part)
-    return node
-
-
-def check_values(config: Config) -> Iterator[Problem]:
-    """Check each key on its own: choices and ranges."""
-    for key, choices in CHOICES.items():
-        value = look_up(config, key)
-        if value is not None and value not in choices:
-            yield Problem(f"{key}={value} must be one of {', '.join(choices)}")
-    for key, least in AT_LEAST.items():
-        value = look_up(config, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            yield Problem(f"{key}={value} must be a whole number of at least {least}")
-    for key in ("optimizer.lr", "training.max_grad_norm", "ema.power"):
-        value = look_up(config, key)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            yield Problem(f"{key}={value} must be a positive number")
-    if not 0 <= config.dataset.val_fraction < 1:
-        yield Problem(
-            f"dataset.val_fraction={config.dataset.val_fraction} must be in [0, 1): 0.05 holds out one episode in 20"
-        )
-    if not 0 <= config.ema.max_decay < 1:
-        yield Problem(f"ema.max_decay={config.ema.max_decay} must be in [0, 1): 0.9999 is the reference")
-    for key in ("backbone.resize_shape", "backbone.crop_shape"):
-        value = look_up(config, key)
-        if value is not None and not (
-            isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
-        ):
-            yield Problem(f"{key}={value} must be null or two positive numbers, [height, width]")
-    dims = config.unet.get("down_dims")
-    if dims is not None and not (
-        isinstance(dims, list) and dims and all(isinstance(dim, int) and dim > 0 for dim in dims)
-    ):
-        yield Problem(f"unet.down_dims={dims} must be a list of positive numbers: [256,512,1024]")
 
 
 def check_time(config: Config) -> Iterator[Problem]:
@@ -172,6 +68,12 @@ def check_unet(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"unet.n_groups={groups} must divide every entry of unet.down_dims={dims}, not {bad[0]}: use "
             f"unet.n_groups={fits}"
+        )
+    if dims and dims[0] % FINAL_GROUPS:
+        fit = -(-dims[0] // FINAL_GROUPS) * FINAL_GROUPS
+        yield Problem(
+            f"unet.down_dims={dims} must begin with a multiple of {FINAL_GROUPS} (the groups of the last block): "
+            f"use {fit} instead of {dims[0]}"
         )
     if unet.get("kernel_size", 1) % 2 == 0:
         size = unet["kernel_size"]
@@ -235,7 +137,17 @@ def check_noise(config: Config) -> Iterator[Problem]:
         )
     from getiaction.config.build import build_noise_scheduler
 
-    alpha = float(build_noise_scheduler(config).alphas_cumprod[-1])
+    noise_scheduler = build_noise_scheduler(config)
+    sampled = min(policy.num_inference_steps or steps, steps)
+    noise_scheduler.set_timesteps(sampled)
+    if len(noise_scheduler.timesteps.unique()) < len(noise_scheduler.timesteps) and sampled > 1:
+        yield Problem(
+            f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: "
+            f"{type(noise_scheduler).__name__} would take a step twice and act with NaN: use "
+            "policy.num_inference_steps="
+            f"{max(sampled // 2, 1)}"
+        )
+    alpha = float(noise_scheduler.alphas_cumprod[-1])
     if alpha > NOISE_REACHED:
         yield Problem(
             f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} "

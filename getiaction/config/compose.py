@@ -11,16 +11,17 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from getiaction.config.help import help_text
 from getiaction.config.schema import Config
-from getiaction.errors import InputError
+from getiaction.errors import InputError, TrainingError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
@@ -58,22 +59,31 @@ ALIASES = {  # names of LeRobot, Lightning and the seed document -> ours
 
 def main(run: Callable[[Config], Any], config_name: str) -> Any:
     """Run an entry point under Hydra; a mistake in the input is printed as one message and exits with 2."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(CONF_DIR))
+        return None
     import hydra
 
     register_resolvers()
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
     def entry(composed: DictConfig) -> Any:
-        return run(to_config(composed))
+        try:
+            return run(to_config(composed))
+        except (InputError, TrainingError) as error:
+            stop(str(error), code=2 if isinstance(error, InputError) else 1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
         return entry()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, config_name)}", file=sys.stderr)
-    sys.exit(2)
+        stop(explain(error, config_name), code=2)
+
+
+def stop(message: str, *, code: int) -> NoReturn:
+    """Print one message and exit: 2 for a mistake in the input, 1 for a run that cannot go on."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -110,6 +120,8 @@ def compose(overrides: list[str], config_name: str = "train") -> Config:
 
 def explain(error: Exception, config_name: str) -> str:
     """Turn Hydra's or OmegaConf's message into one that names the key and the nearest that exists."""
+    if isinstance(error, OverrideParseException):
+        return f"the override {error.override} cannot be read: write key=value, and lists in quotes, key='[1,2]'"
     text = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error))
     if found := re.search(r"Could not find '([\w/.-]+)/([\w.-]+)'", text):
         group, choice = found.groups()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from getiaction.config.checks import Problem, check_crop, report
+from getiaction.config.checks import check_crop
+from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.data.windows import check_delta_timestamps

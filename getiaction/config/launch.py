@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -37,8 +39,25 @@ def launch_processes(config: Config, folder: Path) -> float | None:
         *("-m", "getiaction.train", *overrides, f"output_dir='{folder}'"),
     ]
     log.info("starting %d processes", config.hardware.num_processes)
-    finished = subprocess.run(command, check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    if code := run_and_forward_signals(command):
+        sys.exit(code)
     lines = [line for line in read_metrics(folder) if "val_loss" in line or "loss" in line]
     return lines[-1].get("val_loss", lines[-1].get("loss")) if lines else None
+
+
+def run_and_forward_signals(command: list[str]) -> int:
+    """Run a command, passing SIGTERM and SIGINT on to it; return its exit code, or 128 + the signal that ended it."""
+    received: list[int] = []
+    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C reaches it through us, once
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received and code else code

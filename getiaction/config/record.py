@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -16,20 +17,42 @@ import yaml
 from accelerate import Accelerator
 
 from getiaction.config.schema import Config
-from getiaction.training.checkpoint import write_json
+from getiaction.errors import InputError
 
 PACKAGES = ("getiaction", "torch", "torchvision", "accelerate", "diffusers", "lerobot", "hydra-core", "numpy")
 
 
+def check_folder(config: Config, folder: Path) -> None:
+    """Refuse to start a new run where another one lies.
+
+    Raises:
+        InputError: `folder` holds a run, and this one does not resume it.
+    """
+    if config.training.resume in (None, False) and (folder / "checkpoints").exists():
+        raise InputError(
+            f"output_dir={folder} already holds a run, which a new one would overwrite: go on with it by "
+            f"training.resume={folder}, or give another output_dir"
+        )
+
+
 def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> None:
-    """Write `config.yaml` (resolved) and `run.json` (command, versions, hardware), unless they are there."""
+    """Write `config.yaml` (resolved) and `run.json` (command, versions, hardware; the same again for each resume)."""
     if not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    if not (folder / "run.json").exists():
-        write_json(folder / "run.json", describe_machine(accelerator))
+    described, path = describe_machine(accelerator), folder / "run.json"
+    if path.exists():
+        first = json.loads(path.read_text())
+        described = {**first, "resumed": [*first.get("resumed", []), described]}
+    replace_text(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    replace_text(path, json.dumps(described, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: it has its old content, or the new."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:

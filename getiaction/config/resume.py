@@ -13,6 +13,8 @@ from getiaction.config.schema import Config
 from getiaction.errors import InputError
 
 MAY_CHANGE = (
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
     "training.max_steps",
     "training.max_epochs",
     "training.log_every",
@@ -47,6 +49,8 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "preset":
+            if config.name != saved["name"]:
+                raise InputError(f"{override} is not what {folder} runs (it has name={saved['name']}): leave it out")
             continue
         value = OmegaConf.select(now, key)
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from getiaction.config.build import (
@@ -14,6 +16,7 @@ from getiaction.config.build import (
     build_lr_scheduler,
     build_optimizer,
     build_policy,
+    fetch_weights,
     observation_keys,
 )
 from getiaction.config.schema import Config, HardwareConfig
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 def start_accelerator(config: Config, folder: Path) -> Accelerator:
     """Set up devices, precision and trackers."""
     hardware = config.hardware
+    AcceleratorState._reset_state()  # a sweep trains several configs in one process
     if hardware.num_threads is not None:
         torch.set_num_threads(hardware.num_threads)
     if hardware.tf32:
@@ -52,7 +56,10 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     )
     if config.tracker.name != "local":
         wandb = {"name": folder.name, "entity": config.tracker.entity, "dir": str(folder)}
-        accelerator.init_trackers(config.tracker.project, init_kwargs={"wandb": wandb})
+        described = asdict(config) if config.tracker.name == "wandb" else None  # TensorBoard takes no lists
+        accelerator.init_trackers(config.tracker.project, config=described, init_kwargs={"wandb": wandb})
+    if not accelerator.is_main_process:
+        logging.disable(logging.INFO)  # one process speaks for all
     return accelerator
 
 
@@ -83,6 +90,9 @@ def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerato
 def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accelerator, folder: Path) -> Trainer:
     """Build everything that a run needs, or bring it back to where it was."""
     training = config.training
+    resuming = training.resume not in (None, False)
+    if config.uses_images and not resuming:
+        fetch_weights(config)
     episodes = load_data(config, metadata, accelerator)
     train_indices, val_indices = split_episodes(
         episodes.indices.tolist(),
@@ -91,12 +101,9 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         seed=config.seed,
     )
     statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats)
-    resuming = training.resume not in (None, False)
     policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=not resuming)
     if reasons := not_for_lerobot(policy):
-        log.warning(
-            "warning: checkpoints of this run open here, not in LeRobot, which has no %s", " and no ".join(reasons)
-        )
+        log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
     policy, model = place(policy, config.hardware, accelerator)
 
     resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
@@ -105,8 +112,14 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     share = Share(
         training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
-    gather = lambda indices: make_gatherer(config, episodes.select(indices), policy, accelerator, resident)  # noqa: E731
-    gatherer = gather(train_indices)
+    gatherer = Gatherer(
+        episodes,
+        make_windows(config, episodes.select(train_indices)),
+        device=accelerator.device,
+        resident=resident,
+        observations=policy.features.observation_keys,
+        crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,
+    )
     batches = TrainingBatches(
         gatherer,
         Order(len(gatherer.windows), share.global_batch_size, config.seed),
@@ -114,18 +127,15 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         crop_is_random=bool(config.backbone.get("crop_is_random")),
         prefetch=not resident,
     )
-    validator = (
-        Validator(
-            gather(val_indices),
+    validator = None
+    if val_indices:
+        validator = Validator(
+            gatherer.with_windows(make_windows(config, episodes.select(val_indices))),
             max_samples=config.validation.max_samples,
             max_sampled=config.validation.max_sampled,
             batch_size=training.batch_size,
             seed=config.seed,
         )
-        if val_indices
-        else None
-    )
-
     plan = make_plan(config, len(gatherer.windows), share.global_batch_size)
     announce(config, policy, episodes, batches, plan, resident)
     optimizer = build_optimizer(config, policy.parameters())
@@ -161,23 +171,13 @@ def place(
     return policy, policy
 
 
-def make_gatherer(
-    config: Config, episodes: Episodes, policy: DiffusionPolicy, accelerator: Accelerator, resident: bool
-) -> Gatherer:
-    """Make the gatherer of some episodes."""
-    windows = Windows(
+def make_windows(config: Config, episodes: Episodes) -> Windows:
+    """List the samples of some episodes."""
+    return Windows(
         episodes,
         n_obs_steps=config.policy.n_obs_steps,
         horizon=config.policy.horizon,
         drop_n_last_frames=config.drop_n_last_frames,
-    )
-    return Gatherer(
-        episodes,
-        windows,
-        device=accelerator.device,
-        resident=resident,
-        observations=policy.features.observation_keys,
-        crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,  # type: ignore[arg-type]
     )
 
 
@@ -220,26 +220,19 @@ def announce(
     )  # fmt: skip
 
 
-def memory_advice(config: Config, trainer: Trainer) -> str:
+def memory_advice(config: Config, accelerator: Accelerator) -> str:
     """Return what helps when the device has no memory left, as overrides ready to paste."""
-    device, training, backbone = trainer.accelerator.device, config.training, config.backbone
-    half = max(training.batch_size // 2, 1)
+    training, backbone = config.training, config.backbone
     remedies = [
-        f"training.batch_size={half} training.gradient_accumulation_steps={training.gradient_accumulation_steps * 2}"
-        "   # the same global batch in smaller pieces"
+        f"training.batch_size={max(training.batch_size // 2, 1)} "
+        f"training.gradient_accumulation_steps={training.gradient_accumulation_steps * 2}   # the same global batch"
     ]
     if dims := config.unet.get("down_dims"):
         remedies.append(f"unet.down_dims='[{','.join(str(dim // 2) for dim in dims)}]'   # a smaller U-Net")
-    if config.uses_images:
-        side = backbone.get("crop_shape") or backbone.get("resize_shape") or trainer.policy.encoders[0].input_shape
-        resized = [size * 3 // 4 for size in side]
-        remedies.append(
-            f"backbone.resize_shape='{resized}' backbone.crop_shape=null   # smaller pictures".replace(", ", ",")
-        )
-    if trainer.accelerator.mixed_precision == "no":
+    if side := backbone.get("crop_shape") or backbone.get("resize_shape"):
+        smaller = ",".join(str(size * 3 // 4) for size in side)
+        remedies.append(f"backbone.resize_shape='[{smaller}]' backbone.crop_shape=null   # smaller pictures")
+    if accelerator.mixed_precision == "no":
         remedies.append("hardware.mixed_precision=auto   # half the memory for activations")
-    kept = trainer.store.steps()
-    saved = f"; checkpoint {kept[-1]} is saved" if kept else ""
-    return f"{device} has no memory left at step {trainer.step + 1}{saved}. Any of these helps:\n  " + "\n  ".join(
-        remedies
-    )
+    lines = "\n  ".join(remedies)
+    return f"{accelerator.device} has no memory left; what was saved stays. Any of these helps:\n  {lines}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Iterator, Mapping
@@ -91,6 +92,12 @@ class Gatherer:
             self.frames_on_device = {
                 key: torch.from_numpy(np.asarray(values)).to(device) for key, values in self.frames.items()
             }
+
+    def with_windows(self, windows: Windows) -> Gatherer:
+        """Return a gatherer of other windows over the same arrays; nothing is copied."""
+        other = copy.copy(self)
+        other.windows = windows
+        return other
 
     @property
     def margins(self) -> tuple[int, int]:

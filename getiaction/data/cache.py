@@ -7,11 +7,13 @@ A cache is a folder: `cache.json` (what it was made from and how, with checksums
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,17 @@ from tqdm import tqdm
 
 from getiaction.data.episodes import Episodes, back_to_back, read_low_dimensional
 from getiaction.data.frames import decode_camera
-from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files
+from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files, image_shape
 from getiaction.errors import InputError
 
 FORMAT = 1
 BLOCK = 64 << 20  # bytes per checksum
 VERIFY_ALL = 2 << 30  # caches up to this size are checked whole on opening, larger ones in SAMPLED blocks
 SAMPLED = 32
+ABANDONED = 24 * 3600  # seconds after which a half-built cache is nobody's
+
+VECTORS = "vectors.safetensors"
+AGAIN = "copy it again, or delete it"
 
 Size = tuple[int, int]
 
@@ -71,7 +77,7 @@ def load_episodes(
         if chosen is everything and missing_files(metadata, chosen, cameras):
             continue
         path = folder / cache_name(metadata, chosen, cameras, resize)
-        if (path / CACHE_FILE).exists() and (cached := try_open(path, cameras, resize, announce)) is not None:
+        if path.exists() and (cached := try_open(path, cameras, resize, announce)) is not None:
             return cached.select(episodes)
     path = folder / cache_name(metadata, sorted(episodes), cameras, resize)
     build_cache(path, metadata, sorted(episodes), cameras, resize, announce)
@@ -86,7 +92,7 @@ def missing_files(metadata: DatasetMetadata, episodes: list[int], cameras: list[
 def cache_name(metadata: DatasetMetadata, episodes: list[int], cameras: list[str], resize: Size | None) -> str:
     """Name a cache after the content of its source files and the parameters of decoding."""
     digest = xxhash.xxh3_128()
-    parameters = [FORMAT, cameras, resize, episodes]
+    parameters = [FORMAT, cameras, resize, metadata.rows_of(episodes)]
     digest.update(json.dumps(parameters).encode())
     for file in ["meta/info.json", *metadata.files_of(episodes, cameras)]:
         digest.update(file.encode())
@@ -112,57 +118,58 @@ def build_cache(
 ) -> None:
     """Decode into a temporary folder, then rename it to `path`: a cache is whole or not there."""
     source = read_low_dimensional(metadata, episodes)
-    shapes = {camera: frame_shape(metadata, camera, resize) for camera in cameras}
-    need = sum(source.num_frames * int(np.prod(shape)) for shape in shapes.values())
+    shapes = {camera: (source.num_frames, *frame_shape(metadata, camera, resize)) for camera in cameras}
+    need = sum(int(np.prod(shape)) for shape in shapes.values())
+    temporary = make_room(path.parent, need)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < need:
-            raise InputError(
-                f"the frame cache needs {need / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f}: set dataset.cache_dir="
-            )
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
-    except OSError as error:
-        raise InputError(
-            f"the frame cache {path.parent} cannot be written ({error}): set dataset.cache_dir=<folder>"
-        ) from error
-    announce(f"decoding {source.num_frames} frames of {', '.join(cameras)} into {path} ({need / 1e9:.2f} GB), once")
-    try:
-        checksums = {}
-        with tqdm(
-            total=source.num_frames * len(cameras),
-            desc="decoding",
-            unit=" frames",
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-        ) as bar:
-            for camera in cameras:
-                file = temporary / f"{camera}.frames"
-                out = np.memmap(file, dtype=np.uint8, mode="w+", shape=(source.num_frames, *shapes[camera]))
+        announce(f"decoding {source.num_frames} frames of {', '.join(cameras)} into {path} ({need / 1e9:.2f} GB), once")
+        quiet = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
+        with tqdm(total=source.num_frames * len(cameras), desc="decoding", unit=" frames", mininterval=quiet) as bar:
+            for camera, shape in shapes.items():
+                out = np.memmap(temporary / f"{camera}.frames", dtype=np.uint8, mode="w+", shape=shape)
                 decode_camera(metadata, episodes, camera, out, progress=bar.update)
                 out.flush()
-                checksums[file.name] = [xxhash.xxh3_64_hexdigest(block) for block in read_blocks(file)]
-        save_file(dict(source.vectors), temporary / "vectors.safetensors")
-        checksums["vectors.safetensors"] = [
-            xxhash.xxh3_64_hexdigest(block) for block in read_blocks(temporary / "vectors.safetensors")
-        ]
-        chosen = set(episodes)
+        save_file(dict(source.vectors), temporary / VECTORS)
         content = {
             "format": FORMAT,
             "repo_id": metadata.repo_id,
-            "resize": resize,
-            "frames": {camera: [source.num_frames, *shape] for camera, shape in shapes.items()},
-            "checksums": checksums,
+            "frames": shapes,
+            "checksums": {
+                file.name: list(map(xxhash.xxh3_64_hexdigest, read_blocks(file))) for file in temporary.iterdir()
+            },
             "info": metadata.info,
-            "episodes": [
-                {"episode_index": row["episode_index"], "length": row["length"]}
-                for row in metadata.episodes
-                if row["episode_index"] in chosen
-            ],
+            "episodes": [{key: row[key] for key in ("episode_index", "length")} for row in metadata.rows_of(episodes)],
         }
         (temporary / CACHE_FILE).write_text(json.dumps(content, indent=1))
         publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_room(folder: Path, need: int) -> Path:
+    """Make a temporary folder to build a cache in, and remove what killed builds left a day ago or more.
+
+    Raises:
+        InputError: `folder` cannot be written, or has less than `need` bytes free.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".building-*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise InputError(
+                f"the frame cache needs {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}: "
+                "set dataset.cache_dir=<folder>"
+            )
+        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
+        temporary.chmod(0o755)  # a shared cache is for everyone to read
+    except OSError as error:
+        raise InputError(
+            f"the frame cache {folder} cannot be written ({error}): set dataset.cache_dir=<folder>"
+        ) from error
+    return temporary
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -188,9 +195,10 @@ def try_open(path: Path, cameras: list[str], resize: Size | None, announce: Call
     try:
         return open_cache(path, cameras, resize)
     except InputError as error:
-        aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
-        announce(f"{error}; moved to {aside.name}, decoding again")
-        path.rename(aside)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.damaged-"))
+        announce(f"{error}; moved to {aside}, decoding again")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside / path.name)
         return None
 
 
@@ -200,40 +208,58 @@ def open_cache(path: Path, cameras: list[str], resize: Size | None) -> Episodes:
     Raises:
         InputError: it is damaged, or lacks these cameras at this size.
     """
-    content = json.loads((path / CACHE_FILE).read_text())
-    if content.get("format") != FORMAT:
-        raise InputError(f"frame cache {path} has format {content.get('format')}, {FORMAT} is needed: make it again")
-    if missing := [camera for camera in cameras if camera not in content["frames"]]:
-        raise InputError(
-            f"frame cache {path} has no {', '.join(missing)}; it has {', '.join(content['frames']) or 'no pictures'}"
+    try:
+        content = json.loads((path / CACHE_FILE).read_text())
+        if content["format"] != FORMAT:
+            raise InputError(f"frame cache {path} has format {content['format']}, {FORMAT} is needed: make it again")
+        if missing := [camera for camera in cameras if camera not in content["frames"]]:
+            has = ", ".join(content["frames"]) or "no pictures"
+            raise InputError(f"frame cache {path} has no {', '.join(missing)}; it has {has}")
+        shapes = {camera: tuple(content["frames"][camera]) for camera in cameras}
+        for camera, shape in shapes.items():
+            check_size(path, camera, shape[1:3], resize or image_shape(content["info"]["features"][camera])[1:])
+        for name in (*(f"{camera}.frames" for camera in cameras), VECTORS):
+            verify(path / name, content["checksums"][name])
+        frames = {
+            camera: np.memmap(path / f"{camera}.frames", dtype=np.uint8, mode="c", shape=shape)
+            for camera, shape in shapes.items()
+        }
+        indices, lengths = (
+            np.array([row[name] for row in content["episodes"]]) for name in ("episode_index", "length")
         )
-    frames = {}
-    for camera in cameras:
-        shape = tuple(content["frames"][camera])
-        if resize is not None and tuple(shape[1:3]) != tuple(resize):
-            raise InputError(
-                f"frame cache {path} holds {camera} at {list(shape[1:3])}, backbone.resize_shape={list(resize)} is "
-                "needed"
-            )
-        file = path / f"{camera}.frames"
-        if not file.exists() or file.stat().st_size != np.prod(shape):
-            raise InputError(f"frame cache {path} is damaged: {file.name} is missing or cut short")
-        frames[camera] = np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
-        verify(file, content["checksums"][file.name])
-    verify(path / "vectors.safetensors", content["checksums"]["vectors.safetensors"])
-    indices, lengths = (np.array([row[name] for row in content["episodes"]]) for name in ("episode_index", "length"))
-    vectors = load_file(path / "vectors.safetensors")
-    return back_to_back(indices, lengths, fps=content["info"]["fps"], vectors=vectors, frames=frames)
+        vectors = load_file(path / VECTORS)
+        return back_to_back(indices, lengths, fps=content["info"]["fps"], vectors=vectors, frames=frames)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"frame cache {path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+
+
+def check_size(path: Path, camera: str, has: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Check that a cache holds pictures of the size that is asked for.
+
+    Raises:
+        InputError: it does not; the message says which `backbone.resize_shape` fits it.
+    """
+    if tuple(has) != tuple(wanted):
+        fix = str(list(has)).replace(" ", "")
+        raise InputError(
+            f"frame cache {path} holds {camera} at {list(has)}, {list(wanted)} is needed: set "
+            f"backbone.resize_shape='{fix}', or make a cache of the other size"
+        )
 
 
 def verify(file: Path, checksums: list[str]) -> None:
     """Compare a file's blocks with their checksums: all of them, or a spread of `SAMPLED` in a large file."""
-    size = file.stat().st_size
-    blocks = range(len(checksums))
-    if size > VERIFY_ALL:
-        blocks = sorted({int(index) for index in np.linspace(0, len(checksums) - 1, SAMPLED)})  # type: ignore[assignment]
+    if not file.exists():
+        raise InputError(f"frame cache {file.parent} is damaged: {file.name} is missing; {AGAIN}")
+    blocks = np.arange(len(checksums))
+    if file.stat().st_size > VERIFY_ALL:
+        blocks = np.unique(np.linspace(0, len(checksums) - 1, SAMPLED).astype(int))
     with file.open("rb") as handle:
-        for block in blocks:
+        for block in blocks.tolist():
             handle.seek(block * BLOCK)
             if xxhash.xxh3_64_hexdigest(handle.read(BLOCK)) != checksums[block]:
-                raise InputError(f"frame cache {file.parent} is damaged: {file.name} does not match its checksum")
+                raise InputError(
+                    f"frame cache {file.parent} is damaged: {file.name} does not match its checksum; {AGAIN}"
+                )

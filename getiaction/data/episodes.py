@@ -65,12 +65,12 @@ class Episodes:
     def in_memory(self) -> Episodes:
         """Copy these episodes, and nothing else, into memory."""
         whole = self.num_rows == self.num_frames
-        rows = slice(None) if whole else self.rows
+        rows = self.rows
         return replace(
             self,
             starts=self.starts if whole else np.cumsum(self.lengths) - self.lengths,
-            vectors={key: np.ascontiguousarray(values[rows]) for key, values in self.vectors.items()},
-            frames={key: np.array(values[rows]) for key, values in self.frames.items()},
+            vectors={key: values if whole else values[rows] for key, values in self.vectors.items()},
+            frames={key: np.array(values) if whole else values[rows] for key, values in self.frames.items()},
         )
 
 
@@ -92,7 +92,10 @@ def read_table(metadata: DatasetMetadata, episodes: list[int], columns: list[str
     Raises:
         InputError: a table is damaged, or disagrees with the metadata about an episode's length.
     """
-    rows = [row for row in metadata.episodes if row["episode_index"] in set(episodes)]
+    rows = metadata.rows_of(episodes)
+    if not rows or len(rows) < len(episodes):
+        unknown = sorted(set(episodes) - {row["episode_index"] for row in rows})
+        raise InputError(f"{metadata.root} has no episodes {unknown or '[]'}, or they are named twice")
     tables = []
     for path in sorted({metadata.root / metadata.data_file(row) for row in rows}):
         try:
@@ -118,7 +121,13 @@ def read_vectors(metadata: DatasetMetadata, table: pa.Table) -> dict[str, np.nda
     """
     vectors = {}
     for key, size in metadata.vectors.items():
-        values = to_matrix(table[key], size)
+        try:
+            values = to_matrix(table[key], size)
+        except ValueError as error:
+            raise InputError(
+                f"{metadata.root}: {key} does not hold {size} numbers in every row ({error}), as its metadata say: "
+                "fetch the dataset again"
+            ) from error
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             where = f"episode {table[EPISODE_INDEX][row]}, frame {table[FRAME_INDEX][row]}"
@@ -134,7 +143,7 @@ def to_matrix(column: pa.ChunkedArray, size: int) -> np.ndarray:
     array = column.combine_chunks()
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
-    return np.ascontiguousarray(array.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(column), size)
+    return np.array(array.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(column), size)
 
 
 def read_low_dimensional(metadata: DatasetMetadata, episodes: list[int]) -> Episodes:

@@ -79,7 +79,7 @@ def decode_videos(metadata: DatasetMetadata, episodes: list[int], camera: str) -
     times = table[TIMESTAMP].to_numpy().astype(np.float64)
     per_file: dict[str, list[tuple[float, int]]] = {}
     first = 0
-    for episode in (row for row in metadata.episodes if row["episode_index"] in set(episodes)):
+    for episode in metadata.rows_of(episodes):
         offset = episode[f"videos/{camera}/from_timestamp"]
         wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
         wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
@@ -110,7 +110,7 @@ def decode_video(path: Path, wanted: list[tuple[float, int]]) -> Iterator[tuple[
                     image = frame.to_ndarray(format="rgb24")
                     yield wanted[position][1], image
                     position += 1
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, IndexError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): fetch the dataset again") from error
     if position < len(wanted):
         raise InputError(
@@ -125,12 +125,15 @@ def decode_images(metadata: DatasetMetadata, episodes: list[int], camera: str) -
 
     column = read_table(metadata, episodes, [camera, FRAME_INDEX, "episode_index"])[camera]
     for row, cell in enumerate(iterate(column)):
-        content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         try:
+            content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             yield row, decode_image(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        except RuntimeError as error:
-            raise InputError(f"{metadata.root}: {camera}, row {row} cannot be decoded ({error})") from error
+        except (RuntimeError, OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{metadata.root}: {camera} has no picture that can be decoded in row {row} ({error}): "
+                "fetch the dataset again, or leave its episode out of dataset.episodes"
+            ) from error
 
 
 def iterate(column: pa.ChunkedArray) -> Iterator[dict[str, Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from getiaction.errors import InputError
@@ -62,6 +63,11 @@ class DatasetMetadata:
         """Return the index of every episode, ascending."""
         return [int(row["episode_index"]) for row in self.episodes]
 
+    def rows_of(self, episodes: Collection[int]) -> list[dict[str, Any]]:
+        """Return the rows of some episodes, ascending."""
+        chosen = set(episodes)
+        return [row for row in self.episodes if row["episode_index"] in chosen]
+
     def data_file(self, row: dict[str, Any]) -> str:
         """Return the path below `root` of the table that holds an episode."""
         return self.info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
@@ -73,8 +79,7 @@ class DatasetMetadata:
 
     def files_of(self, episodes: list[int], cameras: list[str]) -> list[str]:
         """Return the files that hold these episodes of these cameras, sorted, relative to `root`."""
-        chosen = set(episodes)
-        rows = [row for row in self.episodes if row["episode_index"] in chosen]
+        rows = self.rows_of(episodes)
         videos = [camera for camera in cameras if self.features[camera]["dtype"] == "video"]
         files = {self.data_file(row) for row in rows}
         return sorted(files | {self.video_file(row, camera) for row in rows for camera in videos})
@@ -101,32 +106,53 @@ def read_metadata(root: Path, repo_id: str, revision: str | None = None) -> Data
     fix = "set dataset.root= to the folder that holds meta/, data/ and videos/"
     if not root.is_dir():
         raise InputError(f"dataset.root={root} does not exist: {fix}, or leave it out to use the Hub's {repo_id}")
-    if (root / CACHE_FILE).exists():
-        content = json.loads((root / CACHE_FILE).read_text())
-        info, rows = content["info"], content["episodes"]
-        return DatasetMetadata(root, content["repo_id"], info["fps"], info["features"], rows, info)
-    if not (root / INFO_FILE).exists():
-        raise InputError(f"dataset.root={root} is no LeRobotDataset: it has no {INFO_FILE}; {fix}")
     try:
-        info = json.loads((root / INFO_FILE).read_text())
-        version = str(info["codebase_version"])
-        if not version.startswith("v3"):
-            raise InputError(
-                f"dataset.root={root} has format {version}, v3.0 is needed: convert it with "
-                "`python -m lerobot.scripts.convert_dataset_v21_to_v30`"
-            )
-        rows = read_episode_rows(root)
-        metadata = DatasetMetadata(root, repo_id, info["fps"], info["features"], rows, info, revision)
-        unreadable = [key for key in (*metadata.cameras, *metadata.vectors) if not metadata.features[key]["shape"]]
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError, pa.ArrowInvalid) as error:
+        if (root / CACHE_FILE).exists():
+            content = json.loads((root / CACHE_FILE).read_text())
+            info, rows, repo_id = content["info"], content["episodes"], content["repo_id"]
+        elif (root / INFO_FILE).exists():
+            info = json.loads((root / INFO_FILE).read_text())
+            version = str(info["codebase_version"])
+            if not version.startswith("v3"):
+                raise InputError(
+                    f"dataset.root={root} has format {version}, v3.0 is needed: convert it with "
+                    "`python -m lerobot.scripts.convert_dataset_v21_to_v30`"
+                )
+            rows = read_episode_rows(root)
+        else:
+            raise InputError(f"dataset.root={root} is no LeRobotDataset: it has no {INFO_FILE}; {fix}")
+        metadata = DatasetMetadata(root, repo_id, float(info["fps"]), info["features"], rows, info, revision)
+        check_metadata(metadata)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:  # Arrow's are ValueErrors
+        file = CACHE_FILE if (root / CACHE_FILE).exists() else "meta"
         raise InputError(
-            f"{root}/meta is damaged ({type(error).__name__}: {error}): fetch the dataset again"
+            f"{root / file} is damaged ({type(error).__name__}: {error}): fetch the dataset again"
         ) from error
-    if not rows or ACTION not in metadata.vectors or unreadable:
-        raise InputError(
-            f"{root} has {len(rows)} episodes and the features {', '.join(info['features'])}: 'action' is needed"
-        )
     return metadata
+
+
+def check_metadata(metadata: DatasetMetadata) -> None:
+    """Check that the metadata say what reading the dataset needs.
+
+    Raises:
+        InputError: something is missing, or cannot be.
+    """
+    root, info = metadata.root, metadata.info
+    if not metadata.episodes:
+        raise InputError(f"{root} has no episodes: its meta/episodes holds no table with rows; fetch the dataset again")
+    if ACTION not in metadata.features:
+        raise InputError(f"{root} has no 'action', only {', '.join(metadata.features)}: there is nothing to learn")
+    for key in (*metadata.cameras, *metadata.vectors):
+        if not metadata.features[key]["shape"]:
+            raise InputError(f"{root / INFO_FILE}: {key} has no shape: fetch the dataset again")
+    if not (math.isfinite(metadata.fps) and metadata.fps > 0):
+        raise InputError(f"{root / INFO_FILE}: fps={metadata.fps} must be positive: fetch the dataset again")
+    needs_video = any(metadata.features[camera]["dtype"] == "video" for camera in metadata.cameras)
+    for path, needed in (("data_path", True), ("video_path", needs_video)):
+        if needed and not info.get(path):
+            raise InputError(f"{root / INFO_FILE} has no {path}: fetch the dataset again")
 
 
 def read_episode_rows(root: Path) -> list[dict[str, Any]]:
@@ -179,13 +205,21 @@ def fetch_files(metadata: DatasetMetadata, files: list[str]) -> None:
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    snapshot_download(
-        metadata.repo_id,
-        repo_type="dataset",
-        revision=metadata.revision,
-        cache_dir=HF_LEROBOT_HUB_CACHE,
-        allow_patterns=["meta/*", *files],
-    )
+    try:
+        snapshot_download(
+            metadata.repo_id,
+            repo_type="dataset",
+            revision=metadata.revision,
+            cache_dir=HF_LEROBOT_HUB_CACHE,
+            allow_patterns=["meta/*", *files],
+        )
+    except Exception as error:  # requests and huggingface_hub each raise their own
+        raise InputError(
+            f"{missing[0]} of dataset.repo_id={metadata.repo_id} could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}): try again, or give a local folder with dataset.root=<folder>"
+        ) from error
+    if gone := [file for file in files if not (metadata.root / file).exists()]:
+        raise InputError(f"dataset.repo_id={metadata.repo_id} has no {gone[0]} on the Hub: its metadata name it")
 
 
 def lerobot_home() -> Path:

@@ -36,13 +36,23 @@ def compute_statistics(episodes: Episodes, image_stats: str) -> dict[str, dict[s
     for camera, frames in episodes.frames.items():
         if image_stats == "dataset":
             spread = rows[np.unique(np.linspace(0, len(rows) - 1, SAMPLED_FRAMES).astype(int))]
-            pixels = frames[spread].reshape(-1, frames.shape[-1]) / 255.0
-            mean, std = pixels.mean(0), pixels.std(0)
+            mean, std = pixel_statistics(frames, spread)
         else:
             mean, std = (np.array(value) for value in IMAGE_STATISTICS[image_stats])
         summary = {"min": np.zeros(3), "max": np.ones(3), "mean": mean, "std": std}
         statistics[camera] = {name: torch.from_numpy(value).float()[:, None, None] for name, value in summary.items()}
     return statistics
+
+
+def pixel_statistics(frames: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and std (C,) of the pixels of some frames, in [0, 1], by their histogram: exact, in little memory."""
+    counts = np.zeros((frames.shape[-1], 256), dtype=np.int64)
+    for row in rows:
+        for channel, histogram in enumerate(counts):
+            histogram += np.bincount(frames[row, ..., channel].ravel(), minlength=256)
+    share, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = share @ levels
+    return mean, np.sqrt(share @ levels**2 - mean**2)
 
 
 def split_episodes(

@@ -52,7 +52,7 @@ def check_delta_timestamps(
             raise InputError(
                 f"dataset.delta_timestamps.{key} has {len(values)} steps, {rule} needs {len(expected)}: {fix}"
             )
-        if any(abs(value - wanted) > tolerance_s for value, wanted in zip(values, expected, strict=True)):
+        if not all(abs(value - wanted) <= tolerance_s for value, wanted in zip(values, expected, strict=True)):
             raise InputError(
                 f"dataset.delta_timestamps.{key}=[{values[0]:g}, ..., {values[-1]:g}] does not fit {rule}: {fix}"
             )

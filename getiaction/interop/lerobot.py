@@ -26,6 +26,15 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
 PREPROCESSOR_STATE = f"{PREPROCESSOR}_step_3_normalizer_processor.safetensors"
 POSTPROCESSOR_STATE = f"{POSTPROCESSOR}_step_0_unnormalizer_processor.safetensors"
 FEATURE_TYPES = {"visual": "VISUAL", "state": "STATE", "env": "ENV", "action": "ACTION"}
+LEROBOT_SCHEDULER_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "clip_sample",
+    "clip_sample_range",
+    "prediction_type",
+)
 LEROBOT_SCHEDULERS = {"DDPMScheduler": "DDPM", "DDIMScheduler": "DDIM"}
 
 
@@ -37,7 +46,7 @@ def write_policy(folder: Path, policy: DiffusionPolicy) -> None:
     write_json(folder / CONFIG, lerobot_config(policy))
     write_json(folder / EXTRA, describe(policy))
     statistics = {
-        f"{key}.{name}": value.cpu().contiguous()
+        f"{key}.{name}": value.cpu().clone()
         for key, stats in policy.normalizer.statistics.items()
         for name, value in stats.items()
     }
@@ -61,6 +70,11 @@ def not_for_lerobot(policy: DiffusionPolicy) -> list[str]:
     scheduler = type(policy.noise_scheduler).__name__
     if scheduler not in LEROBOT_SCHEDULERS:
         reasons.append(f"scheduler {scheduler}")
+    else:
+        mine = policy.noise_scheduler.config
+        theirs = type(policy.noise_scheduler)(**{key: mine[key] for key in LEROBOT_SCHEDULER_KEYS}).config
+        differ = [key for key in theirs if not key.startswith("_") and mine[key] != theirs[key]]
+        reasons += [f"scheduler.{key}={mine[key]}" for key in differ]
     if policy.prediction_type not in ("epsilon", "sample"):
         reasons.append(f"scheduler.prediction_type={policy.prediction_type}")
     if OBS_STATE not in policy.features.vectors:
@@ -71,9 +85,7 @@ def not_for_lerobot(policy: DiffusionPolicy) -> list[str]:
         reasons.append(f"policy.horizon={policy.horizon} with {len(policy.diffusion.unet.down_dims)} U-Net levels")
     for encoder in policy.encoders[:1]:
         if crop_ratio(encoder) is None:
-            reasons.append(
-                f"backbone.crop_shape={list(encoder.crop_shape)} of backbone.resize_shape={list(encoder.resize_shape)}"
-            )
+            reasons.append(f"backbone.crop_shape={encoder.crop_shape} of backbone.resize_shape={encoder.resize_shape}")
     return reasons
 
 
@@ -256,8 +268,9 @@ def load_policy(folder: str | Path, *, device: str | torch.device = "cpu") -> Di
 def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
     """Build a policy from `describe`'s answer. Classes come from this package and diffusers' schedulers only."""
     name = described["scheduler"]["class"]
-    scheduler_class = getattr(diffusers, name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+    scheduler_class: Any = getattr(diffusers, name, None)
+    bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
+    if not (isinstance(scheduler_class, type) and all(issubclass(scheduler_class, base) for base in bases)):
         raise InputError(f"{EXTRA} names the scheduler {name}, which diffusers {diffusers.__version__} does not have")
     features = dict(described["features"])
     features["cameras"] = {key: tuple(shape) for key, shape in features["cameras"].items()}
@@ -265,7 +278,7 @@ def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
     return DiffusionPolicy(
         Features(**features),
         normalizer=Normalizer(statistics, described["normalization"]),
-        noise_scheduler=scheduler_class.from_config(described["scheduler"]["config"]),
+        noise_scheduler=scheduler_class.from_config(described["scheduler"]["config"]),  # type: ignore[attr-defined]
         encoder=partial(ImageEncoder, **encoder) if encoder else None,
         unet=partial(ConditionalUnet1d, **described["unet"]),
         **described["policy"],

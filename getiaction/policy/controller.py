@@ -64,13 +64,16 @@ class Controller:
         return action if batched else action[0]
 
     def _check(self, observation: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-        step, batched = {}, False
+        step, batch_sizes = {}, {}
         for key in self.policy.features.observation_keys:
             if key not in observation:
                 raise ValueError(f"the policy needs {key}; the observation has {', '.join(observation) or 'nothing'}")
             value, shape = torch.as_tensor(observation[key], device=self.device), self.policy.features.shapes[key]
-            if tuple(value.shape[-len(shape) :]) != tuple(shape):
+            value = value if value.dtype == torch.uint8 else value.float()
+            if tuple(value.shape[-len(shape) :]) != tuple(shape) or value.ndim > len(shape) + 1:
                 raise ValueError(f"{key} must have shape {tuple(shape)} (or (B, ...)), got {tuple(value.shape)}")
-            batched = value.ndim > len(shape)
-            step[key] = value if batched else value[None]
-        return step, batched
+            batch_sizes[key] = len(value) if value.ndim > len(shape) else None
+            step[key] = value[None] if batch_sizes[key] is None else value
+        if len(set(batch_sizes.values())) > 1:
+            raise ValueError(f"a leading batch dimension must be everywhere or nowhere, and equal, got {batch_sizes}")
+        return step, batch_sizes[key] is not None

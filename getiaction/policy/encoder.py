@@ -73,12 +73,18 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.resnet, self.weights, self.norm = resnet, weights, norm
-        self.resize_shape = tuple(resize_shape) if resize_shape else None
-        self.crop_shape = tuple(crop_shape) if crop_shape else None
+        self.resize_shape = pair(resize_shape)
+        self.crop_shape = pair(crop_shape)
         self.crop_is_random = crop_is_random
         self.num_keypoints = num_keypoints
         self.image_shape = tuple(image_shape)
         self.input_shape = self.crop_shape or self.resize_shape or self.image_shape[1:]  # (H, W) that the ResNet sees
+
+        available = self.resize_shape or self.image_shape[1:]
+        if self.crop_shape and any(crop > side for crop, side in zip(self.crop_shape, available, strict=True)):
+            raise ValueError(
+                f"backbone.crop_shape={self.crop_shape} must fit into {available}: make it smaller, or null"
+            )
 
         network = load_resnet(resnet, weights)
         self.backbone = nn.Sequential(*list(network.children())[:-2])  # drop average pooling and classifier
@@ -111,6 +117,11 @@ class ImageEncoder(nn.Module):
         """Encode normalised pictures, (B, C, h, w) of `input_shape`, into (B, feature_dim)."""
         keypoints = self.pool(self.backbone(images))  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))
+
+
+def pair(shape: Sequence[int] | None) -> tuple[int, int] | None:
+    """Return (H, W), or None."""
+    return (int(shape[0]), int(shape[1])) if shape else None
 
 
 def load_resnet(name: str, weights: str | None) -> nn.Module:

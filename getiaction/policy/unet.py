@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
+
 
 class SinusoidalEmbedding(nn.Module):
     """Embed denoising steps as sines and cosines (Vaswani et al., arXiv:1706.03762, section 3.5)."""
@@ -83,7 +85,7 @@ class ConditionalUnet1d(nn.Module):
         cond_dim: size of the observation vector.
         down_dims: channels of each level; time halves between levels, so T must divide by 2 ** (levels - 1).
         kernel_size: odd size of the convolutions along time.
-        n_groups: groups of the group norms; must divide every entry of `down_dims`.
+        n_groups: groups of the group norms; must divide every entry of `down_dims` (the first must divide by 8, too).
         diffusion_step_embed_dim: size of the step embedding, even.
         use_film_scale_modulation: FiLM scales and shifts; otherwise it only shifts.
         gradient_checkpointing: recompute blocks in the backward pass, for less memory.
@@ -132,7 +134,8 @@ class ConditionalUnet1d(nn.Module):
             double = nn.ConvTranspose1d(narrow, narrow, 4, stride=2, padding=1)
             self.up_modules.append(nn.ModuleList([block(wide * 2, narrow), block(narrow, narrow), double]))
         self.final_conv = nn.Sequential(
-            ConvBlock(dims[0], dims[0], kernel_size=kernel_size, n_groups=n_groups), nn.Conv1d(dims[0], action_dim, 1)
+            ConvBlock(dims[0], dims[0], kernel_size=kernel_size, n_groups=FINAL_GROUPS),
+            nn.Conv1d(dims[0], action_dim, 1),
         )
 
     @property

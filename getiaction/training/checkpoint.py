@@ -33,6 +33,7 @@ class TrainingState:
     """Hold everything besides the averaged policy that decides how a run goes on."""
 
     step: int
+    global_batch_size: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     lr_scheduler: dict[str, Any]
@@ -54,6 +55,8 @@ class CheckpointStore:
     def save(self, policy: nn.Module, state: TrainingState) -> Path:
         """Write a checkpoint beside its place, then move it there; nothing that was saved is touched before that."""
         path = self.folder / f"{state.step:06d}"
+        if path.exists() and find_damage(path) is None:  # a resumed run comes by again: the same weights
+            return path
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
         try:
@@ -61,13 +64,8 @@ class CheckpointStore:
             self.write_policy(temporary / PRETRAINED, policy)
             write_state(temporary / STATE, state)
             write_manifest(temporary)
-            aside = None
-            if path.exists():  # the same step again, after a resume: the new one replaces the old one at once
-                aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=".replaced-"))
-                path.rename(aside / path.name)
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
             temporary.rename(path)
-            if aside is not None:
-                shutil.rmtree(aside, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         fsync(self.folder)
@@ -112,7 +110,7 @@ def write_state(folder: Path, state: TrainingState) -> None:
     write_json(folder / "optimizer_param_groups.json", state.optimizer["param_groups"])
     write_json(folder / "scheduler_state.json", state.lr_scheduler)
     write_json(folder / "grad_scaler.json", state.grad_scaler)
-    write_json(folder / "training_step.json", {"step": state.step})
+    write_json(folder / "training_step.json", {"step": state.step, "global_batch_size": state.global_batch_size})
 
 
 def read_state(path: Path) -> TrainingState:
@@ -126,7 +124,7 @@ def read_state(path: Path) -> TrainingState:
     for group in groups:
         group.update({name: tuple(value) for name, value in group.items() if name == "betas"})
     return TrainingState(
-        step=int(json.loads((folder / "training_step.json").read_text())["step"]),
+        **json.loads((folder / "training_step.json").read_text()),
         weights=load_file(folder / WEIGHTS),
         optimizer={"state": per_parameter, "param_groups": groups},
         lr_scheduler=json.loads((folder / "scheduler_state.json").read_text()),
@@ -151,13 +149,12 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        for name, (size, digest) in dict(json.loads((folder / MANIFEST).read_text())).items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size or checksum(path) != digest:
+                return f"{name} does not match {MANIFEST}"
+    except (OSError, ValueError, TypeError) as error:
         return f"{MANIFEST}: {type(error).__name__}"
-    for name, (size, digest) in manifest.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size or checksum(path) != digest:
-            return f"{name} does not match {MANIFEST}"
     return None
 
 

@@ -15,8 +15,8 @@ class Ema:
     """Average the weights of a module; copy its buffers (the running statistics of batch norm).
 
     The decay of update n, counted from 0, is `min(1 - n ** -power, max_decay)`, and 0 for the first two: the reference
-    recipe (real-stanford/diffusion_policy, `EMAModel`). All tensors are updated by two fused calls, with no host-device
-    synchronisation.
+    recipe (real-stanford/diffusion_policy, `EMAModel`; it copies the affine weights of batch norm, we average them).
+    All tensors are updated by two fused calls, with no host-device synchronisation.
 
     Args:
         module: the module to follow; `average` starts as its copy.
@@ -36,4 +36,5 @@ class Ema:
         averages: list[Tensor] = list(self.average.parameters())
         weights: list[Tensor] = list(module.parameters())
         torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
-        torch._foreach_copy_(list(self.average.buffers()), list(module.buffers()))
+        if buffers := list(self.average.buffers()):
+            torch._foreach_copy_(buffers, list(module.buffers()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from getiaction.data.batches import Batch, TrainingBatches, to_device
-from getiaction.errors import TrainingError
+from getiaction.errors import InputError, TrainingError
 from getiaction.policy import DiffusionPolicy
 from getiaction.random import Purpose, generator
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
@@ -69,6 +70,7 @@ class Trainer:
     validator: Validator | None = None
     step: int = 0
     unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
+    read: list[float] = field(default_factory=list)  # losses since the last line of metrics
     latest: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -98,9 +100,9 @@ class Trainer:
                     self._validate(clock)
                 if last or is_due(self.step, plan.save_every):
                     self._save(clock)
-                if stopping() and not last and self._all_stop():
+                if not last and (number := self._agree(stopping())):
                     self._save(clock)
-                    raise SystemExit(128 + stopping())
+                    raise SystemExit(128 + number)
         return self.latest
 
     def _optimise(self, batches: list[Batch]) -> None:
@@ -130,7 +132,8 @@ class Trainer:
         self.unread.append(total.reshape(1))
 
     def _log(self, bar: tqdm, clock: Clock) -> None:
-        losses = self._read_losses()
+        self._read_losses()
+        losses, self.read = self.read, []
         samples = len(losses) * self.batches.share.global_batch_size
         seconds, waited = clock.lap()
         loss = sum(losses) / len(losses)
@@ -148,19 +151,21 @@ class Trainer:
             data_wait=round(waited / seconds, 4),
         )
 
-    def _read_losses(self) -> list[float]:
-        """Return each unread step's mean loss over processes. Only here does the host wait for the device."""
+    def _read_losses(self) -> None:
+        """Read the losses of the last steps, means over processes. Only here does the host wait for the device."""
+        if not self.unread:
+            return
         gathered = self.accelerator.gather(torch.cat(self.unread)[None])  # (processes, steps)
         losses = gathered.float().mean(0).tolist()
         self.unread.clear()
         for offset, loss in enumerate(losses):
-            if not loss - loss == 0:
+            if not math.isfinite(loss):
                 raise TrainingError(self._advice(self.step - len(losses) + offset, loss))
-        return losses
+        self.read += losses
 
     def _advice(self, step: int, loss: float) -> str:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
-        ids, kept = self.batches.ids(step)[:8], self.store.steps()
+        ids, kept = self.batches.ids(step)[:64], self.store.steps()
         rows = self.batches.gatherer.windows.now[ids].tolist()
         saved = f"The last good checkpoint is step {kept[-1]}." if kept else "No checkpoint was saved yet."
         return (
@@ -183,8 +188,7 @@ class Trainer:
 
     def _save(self, clock: Clock) -> None:
         with clock.paused():
-            if self.unread:
-                self._read_losses()
+            self._read_losses()
             if not all(torch.stack([weight.isfinite().all() for weight in self.best.parameters()]).tolist()):
                 raise TrainingError(self._advice(self.step - 1, float("nan")))
             if self.accelerator.is_main_process:
@@ -194,6 +198,7 @@ class Trainer:
                     self.best,
                     TrainingState(
                         step=self.step,
+                        global_batch_size=self.batches.share.global_batch_size,
                         weights=self.policy.state_dict(),
                         optimizer=raw.state_dict(),
                         lr_scheduler=self.lr_scheduler.state_dict(),
@@ -202,9 +207,13 @@ class Trainer:
                 )
             self.accelerator.wait_for_everyone()
 
-    def _all_stop(self) -> bool:
-        """Agree with the other processes on stopping: they look up together when they log."""
-        return self.accelerator.num_processes == 1 or self.step % self.plan.log_every == 0
+    def _agree(self, number: int) -> int:
+        """Return the signal that any process has received; several processes ask each other when they log."""
+        if self.accelerator.num_processes == 1:
+            return number
+        if self.step % self.plan.log_every:
+            return 0
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _progress(self) -> tqdm:
         return tqdm(
@@ -278,7 +287,18 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
 
 
 def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | None) -> None:
-    """Bring a fresh trainer to where a checkpoint was."""
+    """Bring a fresh trainer to where a checkpoint was.
+
+    Raises:
+        InputError: its global batch differs, so it would see other samples.
+    """
+    share = trainer.batches.share
+    if share.global_batch_size != state.global_batch_size:
+        raise InputError(
+            f"training.resume: the run has a global batch of {state.global_batch_size}, now it is training.batch_size="
+            f"{share.batch_size} x {share.processes} processes x training.gradient_accumulation_steps="
+            f"{share.accumulation} = {share.global_batch_size}: change one of them so that it stays the same"
+        )
     trainer.policy.load_state_dict(state.weights)
     if trainer.ema is not None and average is not None:
         trainer.ema.average.load_state_dict(average)

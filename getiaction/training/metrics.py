@@ -28,6 +28,7 @@ class MetricsWriter:
         self.path, self.accelerator = folder / METRICS_FILE, accelerator
         self.active = accelerator.is_main_process
         if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

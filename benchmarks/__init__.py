@@ -1,0 +1,1 @@
+"""Measure: speed and quality, with hardware, commit and versions in every result."""

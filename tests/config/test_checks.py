@@ -1,0 +1,125 @@
+"""What cannot work is an error that names key, value, rule and fix; what works badly is a warning."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from getiaction.config.checks import check_config
+from getiaction.config.compose import compose
+from getiaction.config.dataset_checks import check_dataset
+from getiaction.data.metadata import find_dataset
+from getiaction.errors import InputError
+
+ERRORS = [
+    (["policy.n_action_steps=16"], "policy.n_action_steps=16 must be at most horizon - n_obs_steps + 1 = 15"),
+    (["policy.horizon=10"], "divisible by 4 (time halves 2 times), got 10: use 8 or 12"),
+    (["unet.n_groups=7"], "unet.n_groups=7 must divide every entry of unet.down_dims=[256, 512, 1024], not 256"),
+    (["unet.kernel_size=4"], "unet.kernel_size=4 must be odd"),
+    (["unet.diffusion_step_embed_dim=65"], "must be even"),
+    (["unet.down_dims=[]"], "unet.down_dims=[] must be a list of positive numbers"),
+    (["backbone.resize_shape=[64,64]"], "backbone.crop_shape=[84, 84] must fit into backbone.resize_shape=[64, 64]"),
+    (["backbone.crop_shape=[84]"], "backbone.crop_shape=[84] must be null or two positive numbers"),
+    (["backbone.norm=layer"], "backbone.norm=layer must be one of group, batch"),
+    (["policy.num_inference_steps=101"], "must be at most scheduler.num_train_timesteps=100"),
+    (["policy.num_inference_steps=0"], "must be a whole number of at least 1"),
+    (["scheduler.prediction_type=noise"], "must be one of epsilon, sample, v_prediction"),
+    (["lr_scheduler.name=cosin"], "must be one of constant, constant_with_warmup, cosine"),
+    (["optimizer.lr=-1"], "optimizer.lr=-1 must be a positive number"),
+    (["optimizer.lr=.nan"], "must be a positive number"),
+    (["training.max_steps=null"], "training.max_steps and training.max_epochs are both null"),
+    (["training.batch_size=0"], "training.batch_size=0 must be a whole number of at least 1"),
+    (["dataset.val_fraction=1"], "dataset.val_fraction=1.0 must be in [0, 1)"),
+    (["dataset.image_stats=zero"], "must be one of imagenet, half, dataset"),
+    (["hardware.mixed_precision=fp8"], "must be one of no, bf16, fp16, auto"),
+    (["hardware.num_processes=64"], "hardware.num_processes=64 needs as many GPUs"),
+    (["+scheduler.noise=1"], "scheduler cannot be built"),
+    (["scheduler._target_=diffusers.NoScheduler"], "scheduler cannot be built"),
+    (["scheduler.beta_schedule=quadratic"], "scheduler cannot be built"),
+]
+
+WARNINGS = [
+    (["backbone.weights=IMAGENET1K_V1"], "norms start from the pretrained affine values"),
+    (["backbone.resize_shape=[480,640]", "backbone.crop_shape=[224,224]"], "shows 16% of"),
+    (
+        ["scheduler.beta_schedule=linear", "scheduler.num_train_timesteps=50"],
+        "ends at cumulative alpha 0.60, above 0.02",
+    ),
+    (["policy.normalization.action=mean_std"], "scheduler.clip_sample=true clips actions to 1.0"),
+    (["lr_scheduler.name=constant"], "use lr_scheduler.name=constant_with_warmup"),
+    (["training.max_steps=100"], "lr_scheduler.num_warmup_steps=500 reaches past training.max_steps=100"),
+    (["backbone.norm=batch", "training.batch_size=2"], "batch statistics of so few samples are noise"),
+    (["policy.horizon=12"], "LeRobot opens checkpoints"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), ERRORS, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_what_cannot_work_is_an_error(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        check_config(compose(overrides))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), WARNINGS, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_what_works_badly_is_a_warning_and_strictly_an_error(
+    overrides: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_config(compose(overrides))
+    assert len(caplog.records) == 1
+    assert message in caplog.text
+    with pytest.raises(InputError) as raised:
+        check_config(compose([*overrides, "strict=true"]))
+    assert message in str(raised.value)
+
+
+def test_all_errors_come_at_once() -> None:
+    with pytest.raises(InputError) as raised:
+        check_config(compose(["policy.horizon=10", "unet.n_groups=7", "unet.kernel_size=4"]))
+    assert len(str(raised.value).splitlines()) == 3
+
+
+DATASET_ERRORS = [
+    (["dataset.episodes=[0,206,900]"], "dataset.episodes=[206, 900] do not exist: lerobot/pusht has episodes 0 to 205"),
+    (["dataset.episodes=[3,3]"], "names [3] twice"),
+    (["dataset.episodes=[]"], "leaves nothing to train on"),
+    (["dataset.val_episodes=[300]"], "dataset.val_episodes=[300] do not exist"),
+    (["dataset.observations=[observation.imagge]"], "are not in lerobot/pusht: choose from"),
+    (["dataset.observations=[observation.state]"], "the backbone needs a camera"),
+    (["backbone=none", "dataset.observations=[observation.image]"], "backbone=none cannot see"),
+    (["backbone.crop_shape=[128,128]"], "must fit into the recorded picture=[96, 96]"),
+    (["+dataset.delta_timestamps.action=[0.0,0.1,0.2]"], "has 3 steps"),
+    (["+dataset.delta_timestamps.reward=[0.0]"], "dataset.delta_timestamps names reward"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), DATASET_ERRORS, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_what_the_dataset_cannot_give_is_an_error(overrides: list[str], message: str, pusht_root: Path) -> None:
+    metadata = find_dataset("lerobot/pusht", str(pusht_root))
+    with pytest.raises(InputError) as raised:
+        check_dataset(compose(overrides), metadata)
+    assert message in str(raised.value)
+
+
+def test_a_crop_of_under_half_of_the_recorded_picture_is_a_warning(
+    pusht_root,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_dataset(compose(["backbone.crop_shape=[32,32]"]), find_dataset("lerobot/pusht", str(pusht_root)))
+    assert "shows 11% of the recorded picture=[96, 96]" in caplog.text
+
+
+def test_states_alone_need_no_camera(pusht_keypoints_root: Path) -> None:
+    metadata = find_dataset("lerobot/pusht_keypoints", str(pusht_keypoints_root))
+    check_dataset(compose(["backbone=none", "dataset=pusht_keypoints"]), metadata)
+    with pytest.raises(InputError, match="use backbone=none"):
+        check_dataset(compose(["dataset=pusht_keypoints"]), metadata)
