@@ -48,6 +48,8 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     now = OmegaConf.structured(config)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
+        if key == "output_dir":
+            continue
         if key == "preset":
             if config.name != saved["name"]:
                 raise InputError(f"{override} is not what {folder} runs (it has name={saved['name']}): leave it out")

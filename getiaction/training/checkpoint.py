@@ -64,7 +64,7 @@ class CheckpointStore:
             self.write_policy(temporary / PRETRAINED, policy)
             write_state(temporary / STATE, state)
             write_manifest(temporary)
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step, if any
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -149,7 +149,10 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if it is whole."""
     try:
-        for name, (size, digest) in dict(json.loads((folder / MANIFEST).read_text())).items():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not manifest or not isinstance(manifest, dict):
+            return f"{MANIFEST} lists no files"
+        for name, (size, digest) in manifest.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size or checksum(path) != digest:
                 return f"{name} does not match {MANIFEST}"

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics
 
 # An epoch has 19 samples, a step 8 in two micro-batches: every stop is in the middle of an epoch.
-LONG = ("training.gradient_accumulation_steps=2", "training.max_steps=80", "training.save_every=4", "seed=3")
+LONG = ("training.gradient_accumulation_steps=2", "training.max_steps=300", "training.save_every=4", "seed=3")
 PICTURES = ("training.gradient_accumulation_steps=2", "training.max_steps=8", "training.save_every=2", "seed=3")
 
 
@@ -60,7 +61,7 @@ def test_killed_at_any_moment(tiny: Any, helpers: Any, tmp_path: Path, uninterru
     process = tiny.start_command(folder, f"training.resume={folder}")
     helpers.wait_for_checkpoint(folder, process, after=saved + draw.randrange(20))
     assert helpers.kill(process, signal.SIGKILL) == -signal.SIGKILL
-    assert max(helpers.steps_saved(folder)) < 80
+    assert max(helpers.steps_saved(folder)) < 300
     tiny.resume(folder)
     assert_same_run(helpers, folder, uninterrupted)
 
@@ -75,7 +76,7 @@ def test_killed_while_a_checkpoint_is_being_written(
     helpers.kill(process, signal.SIGKILL)
     (folder / "checkpoints/.writing-killed/training_state").mkdir(parents=True)  # if the kill came a moment too late
     tiny.resume(folder)
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000072", "000076", "000080", "last"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000292", "000296", "000300", "last"}
     assert_same_run(helpers, folder, uninterrupted)
 
 
@@ -119,7 +120,7 @@ def test_a_second_interrupt_ends_at_once(tiny: Any, helpers: Any, tmp_path: Path
     assert process.returncode != 0
     saved = helpers.steps_saved(folder)
     assert saved
-    assert saved[-1] < 80
+    assert saved[-1] < 300
 
 
 def test_stopping_twice_at_the_same_step_keeps_the_checkpoint(tiny: Any, helpers: Any, tmp_path: Path) -> None:
@@ -216,9 +217,6 @@ def stopped(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer.lr=1",
         "optimizer=adam",
         "seed=5",
-        "training.batch_size=8",
-        "training.gradient_accumulation_steps=2",
-        "hardware.num_processes=2",  # twice the samples a step
         "policy.horizon=8",
         "unet=large",
         "dataset.episodes=[0]",
@@ -250,6 +248,18 @@ def test_what_leaves_the_run_as_it_is_may_change(
     assert getattr(getattr(config, key[0]), key[1]) == value
     assert config.optimizer["lr"] == 1e-3
     assert config.training.batch_size == 4
+
+
+@pytest.mark.parametrize("override", ["training.batch_size=8", "training.gradient_accumulation_steps=2"])
+def test_another_global_batch_is_refused(tiny: Any, stopped: Path, override: str) -> None:
+    with pytest.raises(InputError, match="the run has a global batch of 4, now it is"):
+        tiny.resume(stopped, override, "training.max_steps=3")
+
+
+def test_the_same_global_batch_may_be_split_otherwise(tiny: Any, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    split = ("training.batch_size=2", "training.gradient_accumulation_steps=2")
+    assert tiny.resume(folder, *split, "training.max_steps=3")["loss"] > 0
 
 
 def test_repeating_the_whole_command_is_accepted(tiny: Any, stopped: Path) -> None:
