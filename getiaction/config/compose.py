@@ -53,7 +53,7 @@ ALIASES = {  # names of LeRobot, Lightning and the seed document -> ours
     "crop_ratio": "backbone.crop_shape",
     "noise_scheduler_type": "scheduler",
     "normalization_mapping": "policy.normalization",
-    "compile_model": "hardware",
+    "compile_model": "hardware.compile",
 }
 
 

@@ -44,8 +44,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # a sweep trains several configs in one process
     if hardware.num_threads is not None:
         torch.set_num_threads(hardware.num_threads)
-    if hardware.tf32:
-        torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
     torch.backends.cudnn.benchmark = True
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(
@@ -104,11 +103,11 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=not resuming)
     if reasons := not_for_lerobot(policy):
         log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
-    policy, model = place(policy, config.hardware, accelerator)
+    policy = place(policy, config.hardware, accelerator)
 
     resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
-    if resident and accelerator.device.type != "cpu":
-        episodes = episodes.in_memory()
+    if resident and accelerator.device.type != "cpu" and episodes.num_frames < episodes.num_rows:
+        episodes = episodes.in_memory()  # so that only the chosen episodes go to the device
     share = Share(
         training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
@@ -145,20 +144,21 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     checkpoint = store.newest(log.warning) if resuming else None
     state = read_state(checkpoint) if checkpoint else None
     metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
-    model, prepared = accelerator.prepare(model, optimizer)
+    if config.hardware.compile:
+        policy.compile(mode=config.hardware.compile_mode)  # in place: the average was copied before, and keys stay
+    model, prepared = accelerator.prepare(policy, optimizer)
     trainer = Trainer(
         accelerator, policy, model, prepared, lr_scheduler, batches, store, metrics, plan, ema=ema, validator=validator
     )
     if checkpoint and state:
         resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
-        log.info("resuming %s at step %d of %d", folder, state.step, plan.max_steps)
+        done = ": nothing is left to do" if state.step >= plan.max_steps else ""
+        log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
     return trainer
 
 
-def place(
-    policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator
-) -> tuple[DiffusionPolicy, nn.Module]:
-    """Bring the policy to its device; return it, and what Accelerate shall prepare (the same module)."""
+def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
+    """Bring the policy to its device, its norms and memory order as the hardware wants them."""
     if hardware.sync_batch_norm and accelerator.num_processes > 1:
         if accelerator.device.type == "cuda":
             policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)
@@ -168,7 +168,7 @@ def place(
     if hardware.channels_last:
         for encoder in policy.encoders:
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return policy, policy
+    return policy
 
 
 def make_windows(config: Config, episodes: Episodes) -> Windows:

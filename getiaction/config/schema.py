@@ -88,6 +88,8 @@ class HardwareConfig:
     num_threads: int | None = MISSING
     channels_last: bool = MISSING
     tf32: bool = MISSING
+    compile: bool = MISSING
+    compile_mode: str = MISSING
     sync_batch_norm: bool = MISSING
 
 

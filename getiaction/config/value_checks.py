@@ -21,6 +21,7 @@ CHOICES = {
     "dataset.image_stats": ("imagenet", "half", "dataset"),
     "hardware.device": ("auto", "cuda", "mps", "cpu"),
     "hardware.mixed_precision": ("no", "bf16", "fp16", "auto"),
+    "hardware.compile_mode": ("default", "reduce-overhead", "max-autotune"),
     "hardware.data_placement": ("auto", "device", "host"),
     "tracker.name": ("local", "tensorboard", "wandb"),
 }

@@ -119,9 +119,9 @@ class Gatherer:
         """
         observation_rows = self.windows.observation_rows(ids)  # (B, To)
         action_rows, is_pad = self.windows.action_rows(ids)  # (B, T)
-        where = self.device if self.on_device else "cpu"
-        rows = {True: torch.from_numpy(action_rows).to(where), False: torch.from_numpy(observation_rows).to(where)}
-        batch = {key: values[rows[key == ACTION]] for key, values in self.vectors.items()}
+        where = self.device if self.on_device else torch.device("cpu")
+        actions, observations = (to_device(torch.from_numpy(rows), where) for rows in (action_rows, observation_rows))
+        batch = {key: values[actions if key == ACTION else observations] for key, values in self.vectors.items()}
         batch[ACTION_IS_PAD] = torch.from_numpy(is_pad)
         if corners is None and self.crop_shape is not None:
             tall, wide = self.margins  # the centre as torchvision's center_crop rounds it
@@ -131,7 +131,7 @@ class Gatherer:
             corner = None if corners is None or self.crop_shape is None else corners[:, number]
             if self.on_device:
                 frames = self.frames_on_device[camera]
-                pixels = crop_on_device(frames, rows[False], corner, self.crop_shape)
+                pixels = crop_on_device(frames, observations, corner, self.crop_shape)
             else:
                 pixels = torch.from_numpy(crop_on_host(self.frames[camera], observation_rows, corner, self.crop_shape))
             batch[camera] = pixels

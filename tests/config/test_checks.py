@@ -6,12 +6,18 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from accelerate import Accelerator
 
+from getiaction.config.build import fetch_weights
 from getiaction.config.checks import check_config
 from getiaction.config.compose import compose
 from getiaction.config.dataset_checks import check_dataset
+from getiaction.config.run import memory_advice
 from getiaction.data.metadata import find_dataset
 from getiaction.errors import InputError
+from getiaction.policy.encoder import load_resnet
 
 ERRORS = [
     (["policy.n_action_steps=16"], "policy.n_action_steps=16 must be at most horizon - n_obs_steps + 1 = 15"),
@@ -77,6 +83,36 @@ def test_what_works_badly_is_a_warning_and_strictly_an_error(
     with pytest.raises(InputError) as raised:
         check_config(compose([*overrides, "strict=true"]))
     assert message in str(raised.value)
+
+
+def test_weights_that_cannot_be_fetched_name_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there, network or not
+    with pytest.raises(InputError) as raised:
+        fetch_weights(compose(["backbone.weights=IMAGENET1K_V1"]))
+    assert "backbone.weights=null trains from scratch; or put the file resnet18-f37072fd.pth into" in str(raised.value)
+    with pytest.raises(InputError, match="'IMAGENET1K_V9' is unknown for resnet18: use one of IMAGENET1K_V1, or null"):
+        fetch_weights(compose(["backbone.weights=IMAGENET1K_V9"]))
+
+
+def test_pretrained_weights_come_from_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "hub/checkpoints/resnet18-f37072fd.pth")
+    loaded = load_resnet("resnet18", "IMAGENET1K_V1")
+    assert torch.equal(loaded.conv1.weight, network.conv1.weight)
+
+
+@pytest.mark.parametrize("preset", ["pusht_basic", "pusht_fast", "pusht_multigpu"])
+def test_advice_on_memory_can_be_pasted(preset: str) -> None:
+    overrides = [f"+preset={preset}", "hardware.num_processes=1"]
+    config = compose(overrides)
+    lines = memory_advice(config, Accelerator(cpu=True)).splitlines()[1:]
+    assert len(lines) == 4  # as many remedies as the seed names
+    for line in lines:
+        remedy = [word.replace("'", "") for word in line.split("#")[0].split()]
+        check_config(compose([*overrides, *remedy]))
 
 
 def test_all_errors_come_at_once() -> None:

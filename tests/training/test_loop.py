@@ -343,3 +343,12 @@ def test_a_tracker_changes_nothing_in_the_run(tiny: Any, helpers: Any, tmp_path:
     tiny.fit(tmp_path / "local")
     tiny.train(tmp_path / "tensorboard", "tracker=tensorboard")
     helpers.assert_same_bits(tmp_path / "local", tmp_path / "tensorboard", step=4)
+
+
+def test_compiled_networks_train_alike(tiny: Any, tmp_path: Path) -> None:
+    small = ("training.max_steps=2", "unet.down_dims=[16]")
+    plain = tiny.fit(tmp_path / "plain", *small)
+    compiled = tiny.fit(tmp_path / "compiled", *small, "hardware.compile=true")
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    weights = "checkpoints/last/pretrained_model/model.safetensors"
+    assert load_file(tmp_path / "compiled" / weights).keys() == load_file(tmp_path / "plain" / weights).keys()
