@@ -7,7 +7,8 @@ READY := .venv/.ready
 
 # Until the project has demonstrations of its own: the ones in the shared folder where it is, else the Hub's.
 DEMOS := $(wildcard ../shared/data/pusht)
-ROOT := $(if $(and $(DEMOS),$(filter pusht_%,$(PRESET))),dataset.root=$(DEMOS))
+OWN := $(findstring dataset,$(ARGS))$(findstring resume,$(ARGS))
+ROOT := $(if $(OWN),,$(if $(and $(DEMOS),$(filter pusht_%,$(PRESET))),dataset.root=$(DEMOS)))
 
 # The first Python >= 3.12 with a venv module, .python-version's (pyenv obeys it) before others.
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python; do \

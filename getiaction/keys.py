@@ -6,11 +6,10 @@ B batch, To observation steps, T horizon, Ta executed action steps, N cameras, C
 
 OBS_STATE = "observation.state"
 OBS_ENV_STATE = "observation.environment_state"
-OBS_IMAGE_PREFIX = "observation.image"
 ACTION = "action"
 ACTION_IS_PAD = "action_is_pad"
 
 
 def is_camera(key: str) -> bool:
-    """Tell whether `key` names a camera (`observation.image` or `observation.images.<name>`)."""
-    return key == OBS_IMAGE_PREFIX or key.startswith(OBS_IMAGE_PREFIX + "s.") or key.startswith(OBS_IMAGE_PREFIX + ".")
+    """Tell whether `key`, an observation that a policy uses, is a picture: each that is no state."""
+    return key.startswith("observation.") and key not in (OBS_STATE, OBS_ENV_STATE)

@@ -35,6 +35,8 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     check_folder(config, folder)
     metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
     check_dataset(config, metadata)
+    run.check_buildable(config, metadata)
+    config.output_dir = str(folder)
     accelerator = run.start_accelerator(config, folder)
     try:
         trainer = run.build_trainer(config, metadata, accelerator, folder)

@@ -81,32 +81,43 @@ def fetch_weights(config: Config) -> None:
 
 
 def build_policy(
-    config: Config, features: Features, statistics: Mapping[str, Mapping[str, Tensor]], *, fetch_weights: bool = True
+    config: Config,
+    features: Features,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    *,
+    fetch_weights: bool = True,
+    device: str = "cpu",
 ) -> DiffusionPolicy:
     """Build the policy, its weights drawn from the run's seed.
 
     Args:
         fetch_weights: start from the backbone's pretrained weights; a run that resumes has its own.
+        device: "meta" builds shapes only, at once and without memory.
+
+    Raises:
+        InputError: a group refuses its arguments.
     """
     policy = config.policy
     modes = {kind: getattr(policy.normalization, kind) for kind in ("visual", "state", "env", "action")}
     kept = {key: statistics[key] for key in (*features.observation_keys, ACTION) if key in statistics}
     backbone = dict(config.backbone) if fetch_weights else {**config.backbone, "weights": None}
+    scheduler = build_noise_scheduler(config)
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
     try:
-        return DiffusionPolicy(
-            features,
-            normalizer=Normalizer(kept, modes),
-            noise_scheduler=build_noise_scheduler(config),
-            encoder=build_group("backbone", backbone) if config.uses_images else None,
-            unet=build_group("unet", config.unet),
-            n_obs_steps=policy.n_obs_steps,
-            horizon=policy.horizon,
-            n_action_steps=policy.n_action_steps,
-            num_inference_steps=policy.num_inference_steps,
-            use_separate_rgb_encoder_per_camera=policy.use_separate_rgb_encoder_per_camera,
-            do_mask_loss_for_padding=policy.do_mask_loss_for_padding,
-        )
+        with torch.device(device):
+            return DiffusionPolicy(
+                features,
+                normalizer=Normalizer(kept, modes),
+                noise_scheduler=scheduler,
+                encoder=build_group("backbone", backbone) if config.uses_images else None,
+                unet=build_group("unet", config.unet),
+                n_obs_steps=policy.n_obs_steps,
+                horizon=policy.horizon,
+                n_action_steps=policy.n_action_steps,
+                num_inference_steps=policy.num_inference_steps,
+                use_separate_rgb_encoder_per_camera=policy.use_separate_rgb_encoder_per_camera,
+                do_mask_loss_for_padding=policy.do_mask_loss_for_padding,
+            )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
 

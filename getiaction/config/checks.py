@@ -6,14 +6,18 @@ Every message names the key, the value, the rule and the fix. Nothing has been d
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.config.value_checks import check_values
 from getiaction.policy.unet import FINAL_GROUPS
 
+SOLVERS = ("DPMSolver", "UniPC")  # multistep solvers, which divide by the distance between steps
 NOISE_REACHED = 0.02  # largest cumulative alpha at the last step that still counts as noise
+BLIND = 32  # pixels of a picture's side that a ResNet halves to one
 HALF = 0.5  # a crop that shows less of the picture than this loses the task
 
 
@@ -54,8 +58,6 @@ def check_time(config: Config) -> Iterator[Problem]:
             f"{2 ** len(dims)}: use {-(-policy.horizon // 2 ** len(dims)) * 2 ** len(dims)} to keep that door open",
             is_error=False,
         )
-    if config.drop_n_last_frames < 0 and policy.n_action_steps <= longest:
-        yield Problem(f"policy.drop_n_last_frames={policy.drop_n_last_frames} must be at least 0")
 
 
 def check_unet(config: Config) -> Iterator[Problem]:
@@ -90,13 +92,17 @@ def check_pictures(config: Config) -> Iterator[Problem]:
     backbone = config.backbone
     if backbone.get("resize_shape"):
         yield from check_crop(backbone.get("crop_shape"), backbone["resize_shape"], "backbone.resize_shape")
+    sides = backbone.get("crop_shape") or backbone.get("resize_shape")
+    if sides and max(sides) <= BLIND:
+        yield Problem(
+            f"pictures of {sides} leave the spatial softmax one place to look at, so the policy would see nothing: use "
+            f"more than {BLIND} pixels on a side"
+        )
     if backbone.get("weights") and backbone.get("norm") == "group":
         yield Problem(
             f"backbone.norm=group with backbone.weights={backbone['weights']}: convolutions keep their weights, "
-            "norms start from "
-            ""
-            "the pretrained affine values without their running statistics; backbone.norm=batch keeps the network "
-            "whole",
+            "norms start from the pretrained affine values without their running statistics; backbone.norm=batch "
+            "keeps the network whole",
             is_error=False,
         )
     if backbone.get("norm") == "batch" and config.training.batch_size < 4:
@@ -127,25 +133,22 @@ def check_crop(crop: list[int] | None, picture: list[int], name: str) -> Iterato
 
 def check_noise(config: Config) -> Iterator[Problem]:
     """Check the noise schedule: does it reach noise, can the sampler use it?"""
+    from getiaction.config.build import build_noise_scheduler
+
     scheduler, policy = config.scheduler, config.policy
-    steps = scheduler["num_train_timesteps"]
+    noise_scheduler = build_noise_scheduler(config)
+    steps = int(noise_scheduler.config.num_train_timesteps)
     if policy.num_inference_steps is not None and policy.num_inference_steps > steps:
         yield Problem(
             f"policy.num_inference_steps={policy.num_inference_steps} must be at most "
             f"scheduler.num_train_timesteps={steps}: "
             f"use policy.num_inference_steps={steps}, or null"
         )
-    from getiaction.config.build import build_noise_scheduler
-
-    noise_scheduler = build_noise_scheduler(config)
-    sampled = min(policy.num_inference_steps or steps, steps)
-    noise_scheduler.set_timesteps(sampled)
-    if len(noise_scheduler.timesteps.unique()) < len(noise_scheduler.timesteps) and sampled > 1:
+    name = type(noise_scheduler).__name__
+    if name.startswith(SOLVERS) and (policy.num_inference_steps or steps) >= steps > 1:
         yield Problem(
-            f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: "
-            f"{type(noise_scheduler).__name__} would take a step twice and act with NaN: use "
-            "policy.num_inference_steps="
-            f"{max(sampled // 2, 1)}"
+            f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: {name} "
+            f"takes a step twice there, and acts with NaN: use policy.num_inference_steps={max(steps // 5, 1)}"
         )
     alpha = float(noise_scheduler.alphas_cumprod[-1])
     if alpha > NOISE_REACHED:
@@ -159,7 +162,6 @@ def check_noise(config: Config) -> Iterator[Problem]:
     if scheduler.get("clip_sample") and policy.normalization.action != "min_max":
         yield Problem(
             f"scheduler.clip_sample=true clips actions to {scheduler.get('clip_sample_range', 1.0)}, but "
-            ""
             f"policy.normalization.action={policy.normalization.action} reaches further: use min_max, or "
             "scheduler.clip_sample=false",
             is_error=False,
@@ -202,6 +204,12 @@ def check_devices(config: Config) -> Iterator[Problem]:
         yield Problem("hardware.device=cuda, but torch sees no CUDA GPU here: use hardware=auto or hardware=cpu")
     if hardware.device == "mps" and not torch.backends.mps.is_available():
         yield Problem("hardware.device=mps, but torch sees no Apple GPU here: use hardware=auto or hardware=cpu")
+    if config.tracker.name == "tensorboard" and find_spec("tensorboard") is None:
+        yield Problem("tracker=tensorboard needs its package: pip install 'getiaction[tensorboard]', or tracker=local")
+    if hardware.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        yield Problem(
+            "hardware.compile=true needs a C++ compiler (g++), and none is here: install one, or leave it out"
+        )
     launched = "WORLD_SIZE" in os.environ  # several machines may share the processes
     if not launched and hardware.num_processes > 1 and hardware.device != "cpu" and gpus < hardware.num_processes:
         yield Problem(

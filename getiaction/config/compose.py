@@ -135,7 +135,7 @@ def explain(error: Exception, config_name: str) -> str:
     if missing_key:
         key = getattr(error, "full_key", None) or missing_key.group(1)
         return f"{key} does not exist: {nearest(key, known_keys())}--cfg job shows every key"
-    full_key = getattr(error, "full_key", None)
+    full_key = None if text.startswith("training.resume") else getattr(error, "full_key", None)
     first = text.splitlines()[0] if text else type(error).__name__
     return f"{full_key}: {first}" if full_key else first
 
@@ -187,7 +187,7 @@ def run_folder(name: str, resume: Any) -> str:
     """
     if resume in (None, False):
         if int(os.environ.get("RANK", 0)) > 0:  # only rank 0 writes; Hydra wants a folder on every rank
-            return str(Path(tempfile.gettempdir()) / f"getiaction-rank-{os.environ['RANK']}")
+            return str(Path(tempfile.gettempdir()) / f"getiaction-{os.getuid()}-rank-{os.environ['RANK']}")
         folder = Path(f"outputs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
         twins = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 1000))
         return str(next(path for path in (folder, *twins) if not path.exists()))

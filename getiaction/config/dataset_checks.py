@@ -37,7 +37,7 @@ def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Pr
     has = {key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION}
     chosen = config.dataset.observations
     if chosen is not None and (unknown := sorted(set(chosen) - has)):
-        yield Problem(f"dataset.observations={unknown} are not in {metadata.repo_id}: choose from {sorted(has)}")
+        yield Problem(f"dataset.observations={unknown} are not in {metadata.root}: choose from {sorted(has)}")
         return
     used = chosen if chosen is not None else [key for key in has if config.uses_images or not is_camera(key)]
     cameras = {key: metadata.cameras[key] for key in used if is_camera(key)}
@@ -48,7 +48,9 @@ def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Pr
     if config.uses_images and not cameras:
         yield Problem(f"the backbone needs a camera and none of {sorted(used)} is one: use backbone=none")
     if not used:
-        yield Problem(f"{metadata.repo_id} has no observation that backbone=none can use: use backbone=resnet18")
+        yield Problem(f"{metadata.root} has no observation that backbone=none can use: use backbone=resnet18")
+    if coloured := [key for key, shape in cameras.items() if shape[0] != 3]:
+        yield Problem(f"{coloured} do not have 3 channels: leave them out of dataset.observations")
     if len(set(cameras.values())) > 1:
         yield Problem(f"all cameras must have one shape, got {cameras}: choose some with dataset.observations")
     elif cameras and not config.backbone.get("resize_shape"):
@@ -66,7 +68,7 @@ def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Proble
         if missing:
             last = metadata.episode_indices[-1]
             yield Problem(
-                f"dataset.{key}={missing} do not exist: {metadata.repo_id} has episodes "
+                f"dataset.{key}={missing} do not exist: {metadata.root} has episodes "
                 f"{metadata.episode_indices[0]} to {last}"
             )
         if len(set(chosen)) < len(chosen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 
 from getiaction.config.schema import Config
@@ -30,8 +32,11 @@ def launch_processes(config: Config, folder: Path) -> float | None:
         SystemExit: a process failed; its traceback has been printed.
     """
     from getiaction.config.checks import check_config
+    from getiaction.config.dataset_checks import check_dataset
+    from getiaction.data.metadata import find_dataset
 
     check_config(config)
+    check_dataset(config, find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision))
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("output_dir=")]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -52,7 +57,8 @@ def run_and_forward_signals(command: list[str]) -> int:
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        for worker in find_workers(process.pid) or [psutil.Process(process.pid)]:  # torchrun would kill them in 30 s
+            worker.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -61,3 +67,13 @@ def run_and_forward_signals(command: list[str]) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 128 + received[0] if received and code else code
+
+
+def find_workers(launcher: int) -> list[psutil.Process]:
+    """Return the training processes that a launcher has started."""
+    workers = []
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in child.environ():
+                workers.append(child)
+    return workers

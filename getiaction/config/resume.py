@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from getiaction.config.compose import to_config
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
 
+log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "training.batch_size",
     "training.gradient_accumulation_steps",
@@ -62,6 +64,9 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
                 f"{override} cannot change in a run that resumes (it has {key}={plain(OmegaConf.select(saved, key))}): "
                 f"leave it out, or start a new run. What may change: {', '.join(MAY_CHANGE)}"
             )
+        longer = key in ("training.max_steps", "training.max_epochs") and value != OmegaConf.select(saved, key)
+        if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
+            log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
         OmegaConf.update(saved, key, value, force_add=True)
     return to_config(saved)
 

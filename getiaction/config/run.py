@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from getiaction.config.build import (
@@ -29,9 +32,9 @@ from getiaction.data.windows import Windows
 from getiaction.interop.lerobot import WEIGHTS, load_file, not_for_lerobot, write_policy
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
-from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, read_state
+from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, point_last_at, read_state
 from getiaction.training.ema import Ema
-from getiaction.training.loop import Plan, Trainer, resume
+from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.validation import Validator
 
@@ -41,7 +44,7 @@ log = logging.getLogger(__name__)
 def start_accelerator(config: Config, folder: Path) -> Accelerator:
     """Set up devices, precision and trackers."""
     hardware = config.hardware
-    AcceleratorState._reset_state()  # a sweep trains several configs in one process
+    AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)  # a sweep trains several configs
     if hardware.num_threads is not None:
         torch.set_num_threads(hardware.num_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
@@ -52,6 +55,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
         mixed_precision=choose_precision(hardware, "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"),
         log_with=tracker_setup(config.tracker.name) or None,
         project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],  # one decodes while the others wait
     )
     if config.tracker.name != "local":
         wandb = {"name": folder.name, "entity": config.tracker.entity, "dir": str(folder)}
@@ -65,8 +69,12 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
 def choose_precision(hardware: HardwareConfig, device: str) -> str:
     """Return Accelerate's name of the precision; where the device lacks it, say so and use full precision."""
     wanted = hardware.mixed_precision
+    has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto" and device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_bf16 else "fp16"
+    if wanted == "bf16" and not has_bf16:
+        log.info("mixed precision: this GPU has no bf16, fp16 is used")
+        return "fp16"
     if wanted == "auto" or (wanted == "fp16" and device == "cpu"):
         offer = "; hardware.mixed_precision=bf16 asks for it all the same" if wanted == "auto" else ": bf16 works there"
         log.info("mixed precision: %s on %s falls back to full precision%s", wanted, device, offer)
@@ -87,30 +95,72 @@ def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerato
 
 
 def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accelerator, folder: Path) -> Trainer:
-    """Build everything that a run needs, or bring it back to where it was."""
-    training = config.training
-    resuming = training.resume not in (None, False)
+    """Build everything that a run needs, or bring it back to where it was.
+
+    Raises:
+        InputError: the data cannot be read, or are not those of the run that resumes.
+    """
+    resuming = config.training.resume not in (None, False)
     if config.uses_images and not resuming:
         fetch_weights(config)
+    store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=config.training.keep_checkpoints)
+    checkpoint = store.newest(log.warning) if resuming else None
+    state = read_state(checkpoint) if checkpoint else None
+
     episodes = load_data(config, metadata, accelerator)
-    train_indices, val_indices = split_episodes(
-        episodes.indices.tolist(),
-        val_fraction=config.dataset.val_fraction,
-        val_episodes=config.dataset.val_episodes,
-        seed=config.seed,
-    )
+    train_indices, val_indices = split(config, episodes.indices.tolist())
     statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats)
     policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=not resuming)
     if reasons := not_for_lerobot(policy):
         log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
     policy = place(policy, config.hardware, accelerator)
+    batches, validator = build_batches(config, episodes, train_indices, val_indices, policy, accelerator)
+    data = episodes.fingerprint()
+    if state:
+        check_resumable(state, batches.share, data)
 
+    plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
+    announce(policy, episodes, batches, plan)
+    optimizer = build_optimizer(config, policy.parameters())
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
+    ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
+    if config.hardware.compile:
+        policy.compile(mode=config.hardware.compile_mode)  # in place: the average was copied before, and keys stay
+    metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
+    model, prepared = accelerator.prepare(policy, optimizer)
+    trainer = Trainer(
+        accelerator, policy, model, prepared, lr_scheduler, batches, store, metrics, plan, ema, validator, data
+    )
+    if checkpoint and state:
+        resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
+        if accelerator.is_main_process:
+            point_last_at(store.folder, checkpoint.name)  # a kill may have come before
+        done = ": nothing is left to do" if state.step >= plan.max_steps else ""
+        log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
+    return trainer
+
+
+def split(config: Config, indices: list[int]) -> tuple[list[int], list[int]]:
+    """Split episodes into those for training and those held out."""
+    dataset = config.dataset
+    return split_episodes(
+        indices, val_fraction=dataset.val_fraction, val_episodes=dataset.val_episodes, seed=config.seed
+    )
+
+
+def build_batches(
+    config: Config,
+    episodes: Episodes,
+    train_indices: list[int],
+    val_indices: list[int],
+    policy: DiffusionPolicy,
+    accelerator: Accelerator,
+) -> tuple[TrainingBatches, Validator | None]:
+    """Place the data, and make what trains and what validates on them."""
+    training, validation = config.training, config.validation
     resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
     if resident and accelerator.device.type != "cpu" and episodes.num_frames < episodes.num_rows:
         episodes = episodes.in_memory()  # so that only the chosen episodes go to the device
-    share = Share(
-        training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
-    )
     gatherer = Gatherer(
         episodes,
         make_windows(config, episodes.select(train_indices)),
@@ -119,6 +169,9 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         observations=policy.features.observation_keys,
         crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,
     )
+    share = Share(
+        training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+    )
     batches = TrainingBatches(
         gatherer,
         Order(len(gatherer.windows), share.global_batch_size, config.seed),
@@ -126,35 +179,28 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         crop_is_random=bool(config.backbone.get("crop_is_random")),
         prefetch=not resident,
     )
-    validator = None
-    if val_indices:
-        validator = Validator(
-            gatherer.with_windows(make_windows(config, episodes.select(val_indices))),
-            max_samples=config.validation.max_samples,
-            max_sampled=config.validation.max_sampled,
-            batch_size=training.batch_size,
-            seed=config.seed,
-        )
-    plan = make_plan(config, len(gatherer.windows), share.global_batch_size)
-    announce(config, policy, episodes, batches, plan, resident)
-    optimizer = build_optimizer(config, policy.parameters())
-    lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
-    ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
-    store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=training.keep_checkpoints)
-    checkpoint = store.newest(log.warning) if resuming else None
-    state = read_state(checkpoint) if checkpoint else None
-    metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
-    if config.hardware.compile:
-        policy.compile(mode=config.hardware.compile_mode)  # in place: the average was copied before, and keys stay
-    model, prepared = accelerator.prepare(policy, optimizer)
-    trainer = Trainer(
-        accelerator, policy, model, prepared, lr_scheduler, batches, store, metrics, plan, ema=ema, validator=validator
+    if not val_indices:
+        return batches, None
+    validator = Validator(
+        gatherer.with_windows(make_windows(config, episodes.select(val_indices))),
+        max_samples=validation.max_samples,
+        max_sampled=validation.max_sampled,
+        batch_size=training.batch_size,
+        seed=config.seed,
     )
-    if checkpoint and state:
-        resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
-        done = ": nothing is left to do" if state.step >= plan.max_steps else ""
-        log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
-    return trainer
+    return batches, validator
+
+
+def check_buildable(config: Config, metadata: DatasetMetadata) -> None:
+    """Build everything once without memory or data: what a group refuses is an error before anything is decoded.
+
+    Raises:
+        InputError: the policy, the optimiser or the split cannot be built.
+    """
+    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
+    split(config, list(chosen))
+    build_policy(config, build_features(config, metadata), {}, fetch_weights=False, device="meta")
+    build_lr_scheduler(config, build_optimizer(config, [nn.Parameter(torch.zeros(1))]), 1)
 
 
 def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
@@ -198,26 +244,19 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
     )
 
 
-def announce(
-    config: Config, policy: DiffusionPolicy, episodes: Episodes, batches: TrainingBatches, plan: Plan, resident: bool
-) -> None:
+def announce(policy: DiffusionPolicy, episodes: Episodes, batches: TrainingBatches, plan: Plan) -> None:
     """Say in three lines what is about to happen."""
     share, device = batches.share, batches.gatherer.device
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
     epochs = plan.max_steps * share.global_batch_size / plan.epoch_samples
-    where = f"on {device}" if resident else "memory-mapped on the host"
-    log.info("policy: %.1f M parameters, sees %s", parameters, ", ".join(policy.features.observation_keys))
+    where = "memory-mapped on the host" if batches.prefetch else f"on {device}"
+    sees = ", ".join(policy.features.observation_keys)
+    log.info("policy: %.1f M parameters, sees %s", parameters, sees)
     log.info(
-        "data: %d frames, %d training samples, %.2f GB %s",
-        episodes.num_frames,
-        plan.epoch_samples,
-        episodes.nbytes / 1e9,
-        where,
+        "data: %d frames, %d samples, %.2f GB %s", episodes.num_frames, plan.epoch_samples, episodes.nbytes / 1e9, where
     )
-    log.info(
-        "batch: %d per device x %d processes x %d accumulation = %d; %d steps, %.1f epochs",
-        share.batch_size, share.processes, share.accumulation, share.global_batch_size, plan.max_steps, epochs,
-    )  # fmt: skip
+    split = f"{share.batch_size} per device x {share.processes} processes x {share.accumulation} accumulation"
+    log.info("batch: %s = %d; %d steps, %.1f epochs", split, share.global_batch_size, plan.max_steps, epochs)
 
 
 def memory_advice(config: Config, accelerator: Accelerator) -> str:
@@ -232,6 +271,8 @@ def memory_advice(config: Config, accelerator: Accelerator) -> str:
     if side := backbone.get("crop_shape") or backbone.get("resize_shape"):
         smaller = ",".join(str(size * 3 // 4) for size in side)
         remedies.append(f"backbone.resize_shape='[{smaller}]' backbone.crop_shape=null   # smaller pictures")
+    if accelerator.device.type == "cuda":
+        remedies.append("hardware.data_placement=host   # the data stay in the host's memory")
     if accelerator.mixed_precision == "no":
         remedies.append("hardware.mixed_precision=auto   # half the memory for activations")
     lines = "\n  ".join(remedies)

@@ -22,6 +22,7 @@ from getiaction.random import Purpose, generator
 
 Batch = dict[str, Tensor]
 FITS = 0.5  # share of the free memory that resident data may take
+CPU = torch.device("cpu")
 PREFETCH = 2  # batches gathered ahead when data stay on the host
 
 
@@ -87,11 +88,14 @@ class Gatherer:
             key: episodes.frames[key] for key in observations if key in episodes.frames
         }
         self.frames_on_device: dict[str, Tensor] = {}
+        self.cameras = tuple(self.frames)
+        self.picture_shape = next((frames.shape[1:3] for frames in self.frames.values()), (1, 1))  # (H, W)
         if self.on_device:
             self.vectors = {key: values.to(device) for key, values in self.vectors.items()}
             self.frames_on_device = {
                 key: torch.from_numpy(np.asarray(values)).to(device) for key, values in self.frames.items()
             }
+            self.frames = {}  # the host's copy may go
 
     def with_windows(self, windows: Windows) -> Gatherer:
         """Return a gatherer of other windows over the same arrays; nothing is copied."""
@@ -102,9 +106,9 @@ class Gatherer:
     @property
     def margins(self) -> tuple[int, int]:
         """Return how many places a crop can have, (H - h + 1, W - w + 1); (1, 1) without a crop."""
-        if self.crop_shape is None or not self.frames:
+        if self.crop_shape is None or not self.cameras:
             return 1, 1
-        _, height, width, _ = next(iter(self.frames.values())).shape
+        height, width = self.picture_shape
         return height - self.crop_shape[0] + 1, width - self.crop_shape[1] + 1
 
     def gather(self, ids: np.ndarray, corners: np.ndarray | None = None) -> Batch:
@@ -126,8 +130,8 @@ class Gatherer:
         if corners is None and self.crop_shape is not None:
             tall, wide = self.margins  # the centre as torchvision's center_crop rounds it
             centre = [round((tall - 1) / 2), round((wide - 1) / 2)]
-            corners = np.broadcast_to(np.array(centre), (len(ids), len(self.frames), 2))
-        for number, camera in enumerate(self.frames):
+            corners = np.broadcast_to(np.array(centre), (len(ids), len(self.cameras), 2))
+        for number, camera in enumerate(self.cameras):
             corner = None if corners is None or self.crop_shape is None else corners[:, number]
             if self.on_device:
                 frames = self.frames_on_device[camera]
@@ -136,7 +140,7 @@ class Gatherer:
                 pixels = torch.from_numpy(crop_on_host(self.frames[camera], observation_rows, corner, self.crop_shape))
             batch[camera] = pixels
         moved = {key: to_device(value, self.device) for key, value in batch.items()}
-        return {key: value.permute(0, 1, 4, 2, 3) if key in self.frames else value for key, value in moved.items()}
+        return {key: value.permute(0, 1, 4, 2, 3) if key in self.cameras else value for key, value in moved.items()}
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
@@ -212,7 +216,7 @@ class TrainingBatches:
         """Return this process's micro-batches of one step."""
         ids, corners = self.order.ids(step), None
         if self.crop_is_random and self.gatherer.crop_shape is not None:
-            size = (len(ids), len(self.gatherer.frames))
+            size = (len(ids), len(self.gatherer.cameras))
             draw = generator(self.order.seed, Purpose.CROP, step)
             sides = [torch.randint(margin, size, generator=draw) for margin in self.gatherer.margins]
             corners = torch.stack(sides, dim=-1).numpy()  # (B, N, 2)
@@ -223,10 +227,10 @@ class TrainingBatches:
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if the data stay on the host."""
         steps = (self.step(step) for step in range(start, stop))
-        return prefetched(steps, PREFETCH) if self.prefetch else steps
+        return prefetched(steps, PREFETCH, self.gatherer.device) if self.prefetch else steps
 
 
-def prefetched(items: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]]:
+def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = CPU) -> Iterator[list[Batch]]:
     """Run an iterator in a thread, `depth` items ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -242,6 +246,8 @@ def prefetched(items: Iterator[list[Batch]], depth: int) -> Iterator[list[Batch]
 
     def work() -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread has a current device of its own
             if all(put(("item", item)) for item in items):
                 put(("end", None))
         except BaseException as error:  # raised where the items are used

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.errors import InputError
+from getiaction.keys import ACTION
 
 TIMESTAMP, FRAME_INDEX, EPISODE_INDEX = "timestamp", "frame_index", "episode_index"
 
@@ -56,6 +58,13 @@ class Episodes:
         """Return the rows of all frames of these episodes, episode by episode."""
         spans = [np.arange(start, start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
         return np.concatenate(spans) if spans else np.empty(0, np.int64)
+
+    def fingerprint(self) -> str:
+        """Return a checksum of which episodes these are, and of what was done in them."""
+        digest = xxhash.xxh3_64()
+        for array in (self.indices, self.lengths, self.vectors[ACTION][self.rows]):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def select(self, indices: Collection[int]) -> Episodes:
         """Keep the episodes with these dataset indices; nothing is copied."""

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch.nn import functional
 
-from getiaction.data.episodes import FRAME_INDEX, TIMESTAMP, read_table
+from getiaction.data.episodes import EPISODE_INDEX, FRAME_INDEX, TIMESTAMP, read_table
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.errors import InputError
 
@@ -75,7 +75,7 @@ def resize(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 def decode_videos(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (row, (H, W, C) uint8) for every wanted frame of every video file, in file order."""
-    table = read_table(metadata, episodes, [TIMESTAMP, FRAME_INDEX, "episode_index"])
+    table = read_table(metadata, episodes, [TIMESTAMP, FRAME_INDEX, EPISODE_INDEX])
     times = table[TIMESTAMP].to_numpy().astype(np.float64)
     per_file: dict[str, list[tuple[float, int]]] = {}
     first = 0
@@ -120,24 +120,33 @@ def decode_video(path: Path, wanted: list[tuple[float, int]]) -> Iterator[tuple[
 
 
 def decode_images(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (row, (H, W, C) uint8) for pictures stored in the tables."""
+    """Yield (row, (H, W, C) uint8) for pictures stored in the tables, a few at a time, in file order."""
+    table = read_table(metadata, episodes, [FRAME_INDEX, EPISODE_INDEX])
+    places = zip(table[EPISODE_INDEX].to_pylist(), table[FRAME_INDEX].to_pylist(), strict=True)
+    row_of = {place: row for row, place in enumerate(places)}
+    for file in sorted({metadata.data_file(row) for row in metadata.rows_of(episodes)}):
+        content = pq.ParquetFile(metadata.root / file)
+        for part in content.iter_batches(batch_size=64, columns=[camera, FRAME_INDEX, EPISODE_INDEX]):
+            for cell in part.to_pylist():
+                place = (cell[EPISODE_INDEX], cell[FRAME_INDEX])
+                if place in row_of:
+                    yield row_of[place], decode_cell(cell[camera], metadata, camera, place)
+
+
+def decode_cell(cell: Any, metadata: DatasetMetadata, camera: str, place: tuple[int, int]) -> np.ndarray:
+    """Decode one stored picture, {"bytes", "path"}, to (H, W, C) uint8.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     from torchvision.io import ImageReadMode, decode_image
 
-    column = read_table(metadata, episodes, [camera, FRAME_INDEX, "episode_index"])[camera]
-    for row, cell in enumerate(iterate(column)):
-        try:
-            content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            yield row, decode_image(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        except (RuntimeError, OSError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{metadata.root}: {camera} has no picture that can be decoded in row {row} ({error}): "
-                "fetch the dataset again, or leave its episode out of dataset.episodes"
-            ) from error
-
-
-def iterate(column: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
-    """Yield cells as Python objects, a chunk at a time."""
-    for chunk in column.chunks:
-        for cell in chunk:
-            yield cell.as_py()
+    try:
+        content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return decode_image(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{metadata.root}: {camera} has no picture that can be decoded in episode {place[0]}, frame {place[1]} "
+            f"({error}): fetch the dataset again, or leave its episode out of dataset.episodes"
+        ) from error

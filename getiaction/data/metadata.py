@@ -50,7 +50,8 @@ class DatasetMetadata:
     @property
     def cameras(self) -> dict[str, tuple[int, int, int]]:
         """Return camera key -> recorded (C, H, W), depth maps left out."""
-        return {key: image_shape(spec) for key, spec in self.features.items() if is_camera(key) and not is_depth(spec)}
+        pictures = {key: spec for key, spec in self.features.items() if spec["dtype"] in ("image", "video")}
+        return {key: image_shape(spec) for key, spec in pictures.items() if is_camera(key) and not is_depth(spec)}
 
     @property
     def vectors(self) -> dict[str, int]:
@@ -94,7 +95,8 @@ def image_shape(spec: dict[str, Any]) -> tuple[int, int, int]:
 
 def is_depth(spec: dict[str, Any]) -> bool:
     """Tell whether a camera feature is a depth map, which this package does not read."""
-    return bool((spec.get("info") or {}).get("is_depth_map"))
+    info = {**spec, **(spec.get("video_info") or {}), **(spec.get("info") or {})}  # old and new places of the mark
+    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
 
 def read_metadata(root: Path, repo_id: str, revision: str | None = None) -> DatasetMetadata:

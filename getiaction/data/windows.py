@@ -83,6 +83,7 @@ class Windows:
             )
         episode = np.repeat(np.arange(len(counts)), counts)  # (M,)
         offset = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.episode = episodes.indices[episode]  # (M,) index in the dataset
         self.now = (episodes.starts[episode] + offset).astype(np.int64)  # (M,) row of "now"
         self.first = episodes.starts[episode].astype(np.int64)  # (M,) first row of its episode
         self.last = self.first + episodes.lengths[episode] - 1  # (M,) last row of its episode

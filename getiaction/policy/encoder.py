@@ -6,6 +6,7 @@ Modules and parameter names are LeRobot's (`backbone`, `pool.nets`, `pool.pos_gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -92,7 +93,13 @@ class ImageEncoder(nn.Module):
             replace_batch_norm(self.backbone)
         elif norm != "batch":
             raise ValueError(f"backbone.norm={norm!r} must be 'group' or 'batch'")
-        self.pool = SpatialSoftmax(self._feature_shape(), num_keypoints=num_keypoints)
+        feature_shape = self._feature_shape()  # (C, h, w)
+        if feature_shape[1] * feature_shape[2] == 1:
+            raise ValueError(
+                f"pictures of {self.input_shape} leave the spatial softmax one place to look at, so the policy would "
+                "see nothing: use backbone.resize_shape or backbone.crop_shape of more than 32 pixels on a side"
+            )
+        self.pool = SpatialSoftmax(feature_shape, num_keypoints=num_keypoints)
         self.feature_dim = 2 * num_keypoints
         self.out = nn.Linear(self.feature_dim, self.feature_dim)
 
@@ -148,7 +155,7 @@ def load_resnet(name: str, weights: str | None) -> nn.Module:
         ) from None
     try:
         network.load_state_dict(chosen.get_state_dict(progress=True, check_hash=True, weights_only=True))
-    except (URLError, OSError) as error:
+    except (URLError, OSError, RuntimeError, UnpicklingError) as error:  # the last two: a damaged file
         raise ValueError(
             f"backbone.weights={weights} could not be fetched ({error}). Two ways out: backbone.weights=null "
             "trains from "

@@ -30,7 +30,7 @@ class Features:
                 "a policy needs an observation: a camera, observation.state or observation.environment_state"
             )
         if len(set(self.cameras.values())) > 1:
-            raise ValueError(f"all cameras must have one shape, got {dict(self.cameras)}: resize them to one size")
+            raise ValueError(f"all cameras must have one shape, got {dict(self.cameras)}: leave some out")
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:

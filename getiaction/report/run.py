@@ -9,7 +9,7 @@ import numpy as np
 
 from getiaction.policy import DiffusionPolicy
 from getiaction.training.metrics import read_metrics
-from getiaction.training.validation import Sampled, Validator
+from getiaction.training.validation import Sampled, Validator, evaluating
 
 PANELS = 8  # samples drawn
 
@@ -21,7 +21,8 @@ def draw_report(folder: Path, validator: Validator | None, policy: DiffusionPoli
     matplotlib.use("Agg")
     pictures = [draw_curves(read_metrics(folder), folder / "curves.png")]
     if validator is not None and len(validator.sampled_ids):
-        pictures.append(draw_trajectories(validator.sample(policy), folder / "trajectories.png"))
+        with evaluating(policy):
+            pictures.append(draw_trajectories(validator.sample(policy), folder / "trajectories.png"))
     return pictures
 
 

@@ -34,6 +34,7 @@ class TrainingState:
 
     step: int
     global_batch_size: int
+    data: str  # fingerprint of the episodes: see `Episodes.fingerprint`
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     lr_scheduler: dict[str, Any]
@@ -56,6 +57,7 @@ class CheckpointStore:
         """Write a checkpoint beside its place, then move it there; nothing that was saved is touched before that."""
         path = self.folder / f"{state.step:06d}"
         if path.exists() and find_damage(path) is None:  # a resumed run comes by again: the same weights
+            point_last_at(self.folder, path.name)
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
@@ -110,7 +112,10 @@ def write_state(folder: Path, state: TrainingState) -> None:
     write_json(folder / "optimizer_param_groups.json", state.optimizer["param_groups"])
     write_json(folder / "scheduler_state.json", state.lr_scheduler)
     write_json(folder / "grad_scaler.json", state.grad_scaler)
-    write_json(folder / "training_step.json", {"step": state.step, "global_batch_size": state.global_batch_size})
+    write_json(
+        folder / "training_step.json",
+        {"step": state.step, "global_batch_size": state.global_batch_size, "data": state.data},
+    )
 
 
 def read_state(path: Path) -> TrainingState:

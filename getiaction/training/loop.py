@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from getiaction.data.batches import Batch, TrainingBatches, to_device
+from getiaction.data.batches import Batch, Share, TrainingBatches, to_device
 from getiaction.errors import InputError, TrainingError
 from getiaction.policy import DiffusionPolicy
 from getiaction.random import Purpose, generator
@@ -31,6 +31,7 @@ from getiaction.training.metrics import MetricsWriter
 from getiaction.training.validation import Validator, draw_noise
 
 log = logging.getLogger(__name__)
+AGREE_EVERY = 10  # steps between questions of several processes to each other whether to stop
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Trainer:
     plan: Plan
     ema: Ema | None = None
     validator: Validator | None = None
+    data: str = ""  # fingerprint of the episodes
     step: int = 0
     unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
     read: list[float] = field(default_factory=list)  # losses since the last line of metrics
@@ -166,11 +168,15 @@ class Trainer:
     def _advice(self, step: int, loss: float) -> str:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
         ids, kept = self.batches.ids(step)[:64], self.store.steps()
-        rows = self.batches.gatherer.windows.now[ids].tolist()
+        windows = self.batches.gatherer.windows
+        places = zip(windows.episode[ids], windows.now[ids] - windows.first[ids], strict=True)
+        frames = [f"{episode}:{frame}" for episode, frame in places]
+        lower = self.optimizer.param_groups[0].get("initial_lr", 1e-4) / 3
         saved = f"The last good checkpoint is step {kept[-1]}." if kept else "No checkpoint was saved yet."
         return (
-            f"the loss is {loss} at step {step + 1}. Its batch begins with the samples {ids.tolist()} (frames {rows}). "
-            "What helps: a lower rate, optimizer.lr=3e-5; clipping, training.max_grad_norm=10.0; a longer warm-up, "
+            f"the loss is {loss} at step {step + 1}. Its batch begins with the samples {ids.tolist()} "
+            f"(episode:frame {' '.join(frames)}). What helps: a lower rate, optimizer.lr={lower:.1e}; clipping, "
+            "training.max_grad_norm=10.0; a longer warm-up, "
             f"lr_scheduler.num_warmup_steps=2000; full precision, hardware.mixed_precision=no. {saved}"
         )
 
@@ -199,6 +205,7 @@ class Trainer:
                     TrainingState(
                         step=self.step,
                         global_batch_size=self.batches.share.global_batch_size,
+                        data=self.data,
                         weights=self.policy.state_dict(),
                         optimizer=raw.state_dict(),
                         lr_scheduler=self.lr_scheduler.state_dict(),
@@ -208,10 +215,10 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _agree(self, number: int) -> int:
-        """Return the signal that any process has received; several processes ask each other when they log."""
+        """Return the signal that any process has received; several processes ask each other now and then."""
         if self.accelerator.num_processes == 1:
             return number
-        if self.step % self.plan.log_every:
+        if self.step % min(self.plan.log_every, AGREE_EVERY):
             return 0
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
@@ -276,7 +283,7 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: saving after this step")
+        tqdm.write(f"{signal.Signals(number).name}: saving soon")
 
     previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -286,19 +293,27 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | None) -> None:
-    """Bring a fresh trainer to where a checkpoint was.
+def check_resumable(state: TrainingState, share: Share, data: str) -> None:
+    """Check that a run that goes on from `state` would see the samples that it would have seen.
 
     Raises:
-        InputError: its global batch differs, so it would see other samples.
+        InputError: its global batch, or its data, differ.
     """
-    share = trainer.batches.share
     if share.global_batch_size != state.global_batch_size:
         raise InputError(
             f"training.resume: the run has a global batch of {state.global_batch_size}, now it is training.batch_size="
             f"{share.batch_size} x {share.processes} processes x training.gradient_accumulation_steps="
             f"{share.accumulation} = {share.global_batch_size}: change one of them so that it stays the same"
         )
+    if data != state.data:
+        raise InputError(
+            "training.resume: the episodes are not those that the run was trained on (their number, lengths or actions "
+            "differ): give the same data with dataset.root=, or start a new run"
+        )
+
+
+def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | None) -> None:
+    """Bring a fresh trainer to where a checkpoint was."""
     trainer.policy.load_state_dict(state.weights)
     if trainer.ema is not None and average is not None:
         trainer.ema.average.load_state_dict(average)

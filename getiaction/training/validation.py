@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +56,12 @@ class Validator:
     @torch.no_grad()
     def loss(self, policy: DiffusionPolicy) -> float:
         """Return the mean loss."""
-        draw = generator(self.seed, Purpose.VALIDATION)
+        noise, timesteps = draw_noise(policy, len(self.ids), generator(self.seed, Purpose.VALIDATION))
         total = torch.zeros((), device=self.gatherer.device)
-        for ids in self._batches(self.ids):
-            noise, timesteps = draw_noise(policy, len(ids), draw)
-            loss = policy(self.gatherer.gather(ids), noise.to(total.device), timesteps.to(total.device))
-            total += loss.float() * len(ids)
+        for part in self._parts(self.ids):
+            batch = self.gatherer.gather(self.ids[part])
+            loss = policy(batch, noise[part].to(total.device), timesteps[part].to(total.device))
+            total += loss.float() * len(noise[part])
         return float(total) / len(self.ids)
 
     def sample(self, policy: DiffusionPolicy) -> Sampled:
@@ -69,8 +71,8 @@ class Validator:
         first = policy.n_obs_steps - 1
         executed = slice(first, first + policy.n_action_steps)
         parts: list[Batch] = []
-        for ids in self._batches(self.sampled_ids):
-            batch = self.gatherer.gather(ids)
+        for part in self._parts(self.sampled_ids):
+            batch = self.gatherer.gather(self.sampled_ids[part])
             recorded, valid = batch[ACTION][:, executed], ~batch[ACTION_IS_PAD][:, executed]
             parts.append({"predicted": policy.act_on(batch, generator=draw), "recorded": recorded, "valid": valid})
         return Sampled(
@@ -80,16 +82,23 @@ class Validator:
 
     def __call__(self, policy: DiffusionPolicy) -> dict[str, float]:
         """Return `val_loss`, and `val_action_error` in the dataset's units."""
-        was_training = policy.training
-        policy.eval()
-        metrics = {"val_loss": self.loss(policy)}
-        if len(self.sampled_ids):
-            metrics["val_action_error"] = self.sample(policy).mean_absolute_error
-        policy.train(was_training)
+        with evaluating(policy):
+            metrics = {"val_loss": self.loss(policy)}
+            if len(self.sampled_ids):
+                metrics["val_action_error"] = self.sample(policy).mean_absolute_error
         return metrics
 
-    def _batches(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+    def _parts(self, ids: np.ndarray) -> list[slice]:
+        return [slice(start, start + self.batch_size) for start in range(0, len(ids), self.batch_size)]
+
+
+@contextlib.contextmanager
+def evaluating(policy: DiffusionPolicy) -> Iterator[None]:
+    """Hold a policy in evaluation mode: batch norm uses its running statistics and leaves them as they are."""
+    was_training = policy.training
+    policy.eval()
+    yield
+    policy.train(was_training)
 
 
 def spread(count: int, most: int) -> np.ndarray:

@@ -23,6 +23,8 @@ ERRORS = [
     (["policy.n_action_steps=16"], "policy.n_action_steps=16 must be at most horizon - n_obs_steps + 1 = 15"),
     (["policy.horizon=10"], "divisible by 4 (time halves 2 times), got 10: use 8 or 12"),
     (["unet.n_groups=7"], "unet.n_groups=7 must divide every entry of unet.down_dims=[256, 512, 1024], not 256"),
+    (["backbone.crop_shape=[32,28]"], "leave the spatial softmax one place to look at"),
+    (["scheduler=dpm_solver", "policy.num_inference_steps=100"], "acts with NaN"),
     (["unet.kernel_size=4"], "unet.kernel_size=4 must be odd"),
     (["unet.diffusion_step_embed_dim=65"], "must be even"),
     (["unet.down_dims=[]"], "unet.down_dims=[] must be a list of positive numbers"),
@@ -122,11 +124,11 @@ def test_all_errors_come_at_once() -> None:
 
 
 DATASET_ERRORS = [
-    (["dataset.episodes=[0,206,900]"], "dataset.episodes=[206, 900] do not exist: lerobot/pusht has episodes 0 to 205"),
+    (["dataset.episodes=[0,206,900]"], "pusht has episodes 0 to 205"),
     (["dataset.episodes=[3,3]"], "names [3] twice"),
     (["dataset.episodes=[]"], "leaves nothing to train on"),
     (["dataset.val_episodes=[300]"], "dataset.val_episodes=[300] do not exist"),
-    (["dataset.observations=[observation.imagge]"], "are not in lerobot/pusht: choose from"),
+    (["dataset.observations=[observation.imagge]"], "pusht: choose from"),
     (["dataset.observations=[observation.state]"], "the backbone needs a camera"),
     (["backbone=none", "dataset.observations=[observation.image]"], "backbone=none cannot see"),
     (["backbone.crop_shape=[128,128]"], "must fit into the recorded picture=[96, 96]"),

@@ -66,7 +66,7 @@ def test_every_field_of_lerobots_config_has_a_place() -> None:
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
     not_of_training = {"input_features", "output_features", "device", "use_amp", "use_peft", "push_to_hub", "repo_id"}
-    not_of_training |= {"private", "tags", "license", "pretrained_path", "pretrained_revision", "compile_mode"}
+    not_of_training |= {"private", "tags", "license", "pretrained_path", "pretrained_revision"}
     leaves = {key.rsplit(".", 1)[-1] for key in known_keys()}
     names = {field.name for field in fields(DiffusionConfig)} - not_of_training
     assert {name for name in names if name not in leaves and name not in ALIASES} == set()

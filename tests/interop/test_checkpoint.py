@@ -39,7 +39,7 @@ CAMERAS = ("observation.images.top", "observation.images.wrist")
 ALOHA = Features(action_dim=14, state_dim=14, cameras=dict.fromkeys(CAMERAS, (3, 480, 640)))
 SMALL = ["unet.down_dims=[16,32]", "unet.diffusion_step_embed_dim=16", "scheduler.num_train_timesteps=20"]
 STATE_ONLY = [*SMALL, "backbone=none"]
-SMALL_PICTURES = [*SMALL, "backbone.crop_shape=[32,32]"]
+SMALL_PICTURES = [*SMALL, "backbone.crop_shape=[36,36]"]
 SMALL_ALOHA = ["+preset=aloha", *SMALL, "backbone.resnet=resnet18", "backbone.num_keypoints=8"]
 
 EXPRESSIBLE = {

@@ -39,7 +39,7 @@ def make_policy() -> MakePolicy:
         }
         modes = {"visual": "identity", "state": "min_max", "env": "min_max", "action": "min_max"}
         settings: dict[str, Any] = {
-            "encoder": partial(ImageEncoder, crop_shape=(32, 32), num_keypoints=4),
+            "encoder": partial(ImageEncoder, crop_shape=(34, 34), num_keypoints=4),
             "n_obs_steps": 2,
             "horizon": 8,
             "n_action_steps": 4,

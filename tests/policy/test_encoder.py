@@ -94,3 +94,21 @@ def test_prepare_resizes_then_crops_and_leaves_prepared_pictures_alone() -> None
 def test_what_cannot_work_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageEncoder((3, 40, 40), **arguments)
+
+
+@pytest.mark.parametrize("side", [28, 32])
+def test_pictures_too_small_to_see_are_refused(side: int) -> None:
+    with pytest.raises(ValueError, match="more than 32 pixels on a side"):
+        ImageEncoder((3, 96, 96), crop_shape=(side, side))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_another_picture_is_another_feature_and_the_whole_resnet_learns(norm: str) -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoder((3, 40, 40), norm=norm)
+    features = encoder(torch.rand(4, 3, 40, 40))
+    assert not torch.allclose(features[0], features[1], atol=1e-5)
+    features.sum().backward()
+    gradient = encoder.backbone[0].weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0

@@ -44,8 +44,8 @@ TINY = (
 WITH_PICTURES = (  # ResNet-18: ten times slower
     "backbone=resnet18",
     "backbone.norm=group",
-    "backbone.resize_shape=[32,32]",
-    "backbone.crop_shape=[28,28]",
+    "backbone.resize_shape=[40,40]",
+    "backbone.crop_shape=[36,36]",
 )
 PATIENCE = 120  # seconds until a test gives up waiting for a process
 
@@ -103,7 +103,7 @@ class TinyRun:
 def tiny(make_dataset: Callable[..., Path]) -> TinyRun:
     """Return a way to start tiny runs. One of the three episodes is held out for validation."""
     root = make_dataset(
-        lengths=(17, 15, 16), cameras=("observation.image",), image_size=(32, 32), state_dim=2, action_dim=2, fps=10
+        lengths=(17, 15, 16), cameras=("observation.image",), image_size=(48, 48), state_dim=2, action_dim=2, fps=10
     )
     return TinyRun(root)
 

@@ -47,6 +47,7 @@ def state_of(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, sche
     return TrainingState(
         step=step,
         global_batch_size=4,
+        data="0123456789abcdef",
         weights=model.state_dict(),
         optimizer=optimizer.state_dict(),
         lr_scheduler=schedule.state_dict(),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
@@ -333,7 +335,10 @@ def test_wandb_without_a_key_goes_offline(tiny: Any, tmp_path: Path, monkeypatch
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("WANDB_MODE", "")  # so that what the run sets is undone here
     monkeypatch.delenv("WANDB_MODE")
-    tiny.train(tmp_path / "run", "tracker=wandb")
+    try:
+        tiny.train(tmp_path / "run", "tracker=wandb")
+    finally:
+        wandb.teardown()  # its service would live, and spin, for as long as this process
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(offline.glob("run-*.wandb"))
     assert len(train_lines(tmp_path / "run")) == 4
@@ -345,6 +350,7 @@ def test_a_tracker_changes_nothing_in_the_run(tiny: Any, helpers: Any, tmp_path:
     helpers.assert_same_bits(tmp_path / "local", tmp_path / "tensorboard", step=4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_networks_train_alike(tiny: Any, tmp_path: Path) -> None:
     small = ("training.max_steps=2", "unet.down_dims=[16]")
     plain = tiny.fit(tmp_path / "plain", *small)
