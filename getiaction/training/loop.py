@@ -142,7 +142,7 @@ class Trainer:
         rate = samples / seconds
         seen = self.step * self.batches.share.global_batch_size
         self.latest.update(loss=loss)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s")
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} samples/s", refresh=False)
         self.metrics.write(
             self.step,
             epoch=round(seen / self.plan.epoch_samples, 3),

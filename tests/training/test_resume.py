@@ -22,7 +22,7 @@ from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics
 
 # An epoch has 19 samples, a step 8 in two micro-batches: every stop is in the middle of an epoch.
-LONG = ("training.gradient_accumulation_steps=2", "training.max_steps=300", "training.save_every=4", "seed=3")
+LONG = ("training.gradient_accumulation_steps=2", "training.max_steps=120", "training.save_every=4", "seed=3")
 PICTURES = ("training.gradient_accumulation_steps=2", "training.max_steps=8", "training.save_every=2", "seed=3")
 
 
@@ -61,7 +61,7 @@ def test_killed_at_any_moment(tiny: Any, helpers: Any, tmp_path: Path, uninterru
     process = tiny.start_command(folder, f"training.resume={folder}")
     helpers.wait_for_checkpoint(folder, process, after=saved + draw.randrange(20))
     assert helpers.kill(process, signal.SIGKILL) == -signal.SIGKILL
-    assert max(helpers.steps_saved(folder)) < 300
+    assert max(helpers.steps_saved(folder)) < 120
     tiny.resume(folder)
     assert_same_run(helpers, folder, uninterrupted)
 
@@ -76,7 +76,7 @@ def test_killed_while_a_checkpoint_is_being_written(
     helpers.kill(process, signal.SIGKILL)
     (folder / "checkpoints/.writing-killed/training_state").mkdir(parents=True)  # if the kill came a moment too late
     tiny.resume(folder)
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000292", "000296", "000300", "last"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000112", "000116", "000120", "last"}
     assert_same_run(helpers, folder, uninterrupted)
 
 
@@ -120,7 +120,7 @@ def test_a_second_interrupt_ends_at_once(tiny: Any, helpers: Any, tmp_path: Path
     assert process.returncode != 0
     saved = helpers.steps_saved(folder)
     assert saved
-    assert saved[-1] < 300
+    assert saved[-1] < 120
 
 
 def test_stopping_twice_at_the_same_step_keeps_the_checkpoint(tiny: Any, helpers: Any, tmp_path: Path) -> None:
