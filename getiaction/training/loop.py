@@ -318,7 +318,16 @@ def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | 
     if trainer.ema is not None and average is not None:
         trainer.ema.average.load_state_dict(average)
     trainer.optimizer.optimizer.load_state_dict(state.optimizer)
+    lay_out_like_weights(trainer.optimizer.optimizer)
     trainer.lr_scheduler.load_state_dict(state.lr_scheduler)
     if trainer.accelerator.scaler is not None and state.grad_scaler:
         trainer.accelerator.scaler.load_state_dict(state.grad_scaler)
     trainer.step = state.step
+
+
+def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory order of their weights (channels last): fused updates pair them by place."""
+    for weight, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                entry[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
