@@ -138,6 +138,11 @@ class ConditionalUnet1d(nn.Module):
             nn.Conv1d(dims[0], action_dim, 1),
         )
 
+    @property
+    def time_factor(self) -> int:
+        """Return the number that T must be divisible by."""
+        return 2 ** (len(self.down_dims) - 1)
+
     def forward(self, noisy_actions: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
         """Predict the noise (or whatever the scheduler's `prediction_type` says).
 
