@@ -40,13 +40,14 @@ from getiaction.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
+DEFAULT_THREADS = torch.get_num_threads()
+
 
 def start_accelerator(config: Config, folder: Path) -> Accelerator:
     """Set up devices, precision and trackers."""
     hardware = config.hardware
     AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)  # a sweep trains several configs
-    if hardware.num_threads is not None:
-        torch.set_num_threads(hardware.num_threads)
+    torch.set_num_threads(hardware.num_threads or DEFAULT_THREADS)  # a sweep may have set it
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
     torch.backends.cudnn.benchmark = True
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())

@@ -16,7 +16,7 @@ from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Imag
 MakePolicy = Callable[..., DiffusionPolicy]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # pytest ends a package's only with the session
 def _one_thread() -> Iterator[None]:
     """Use one thread: on small tensors more of them wait for each other, very long on a busy machine."""
     threads = torch.get_num_threads()
