@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import sys
+from importlib import import_module
 
-COMMANDS = {"train": "train a Diffusion Policy; arguments as in `python -m getiaction.train`"}
+COMMANDS = {
+    "train": "train a Diffusion Policy; arguments as in `python -m getiaction.train`",
+    "evaluate": "roll a policy out in its simulator: score, success rate, films",
+}
 
 
 def main() -> None:
@@ -23,9 +27,7 @@ def main() -> None:
         )
         sys.exit(2)
     sys.argv = [f"getiaction {name}", *sys.argv[2:]]
-    from getiaction import train
-
-    train.main()
+    import_module(f"getiaction.{name}").main()
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ class Purpose(IntEnum):
     NOISE = 3
     VALIDATION = 4
     SPLIT = 5
+    ROLLOUT = 6
+    DEMONSTRATION = 7
 
 
-def derive_seed(seed: int, purpose: Purpose, counter: int = 0) -> int:
-    """Return a 63-bit seed for one purpose and counter (NumPy's SeedSequence mixes them)."""
-    return int(np.random.SeedSequence([seed, int(purpose), counter]).generate_state(1, np.uint64)[0] >> 1)
+def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
+    """Return a 63-bit seed for one purpose and its counters (NumPy's SeedSequence mixes them)."""
+    entropy = [seed, int(purpose), *(counters or (0,))]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(seed: int, purpose: Purpose, counter: int = 0) -> torch.Generator:
-    """Return a fresh CPU generator for one purpose and counter."""
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, counter))
+def generator(seed: int, purpose: Purpose, *counters: int) -> torch.Generator:
+    """Return a fresh CPU generator for one purpose and its counters."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))

@@ -54,7 +54,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
 
 
 def run_hydra_job(config: Config) -> float | None:
-    """Train under Hydra; return the value that a sweep minimises: the validation loss, else the loss."""
+    """Train under Hydra; return the metric that a sweep optimises; the loss where there is no such metric."""
     from hydra.core.hydra_config import HydraConfig
 
     from getiaction.config.launch import launch_processes, must_launch
@@ -71,7 +71,7 @@ def run_hydra_job(config: Config) -> float | None:
     except SystemExit:
         log.info("stopped; to go on: python -m getiaction.train training.resume=%s", folder)
         raise
-    return metrics.get("val_loss", metrics.get("loss"))
+    return metrics.get(config.sweep_metric, metrics.get("loss"))
 
 
 def main() -> None:

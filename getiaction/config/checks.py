@@ -191,6 +191,18 @@ def check_training(config: Config) -> Iterator[Problem]:
             f"learning rate never arrives; use lr_scheduler.num_warmup_steps={training.max_steps // 10}",
             is_error=False,
         )
+    if config.sweep_metric in ("score", "success") and not config.evaluates:
+        yield Problem(
+            f"sweep_metric={config.sweep_metric} needs rollouts: use evaluation.final_episodes=50, or "
+            "sweep_metric=val_loss"
+        )
+    if config.evaluation.keep_best and not config.evaluates:
+        yield Problem("evaluation.keep_best=true needs rollouts to know the best: use evaluation.every=5000")
+    if config.evaluates and config.env.get("_target_") is None:
+        yield Problem(
+            "env=none has no simulator to evaluate in: leave evaluation.every and evaluation.final_episodes null, or "
+            "use env=pusht where the data come from there"
+        )
     yield from check_devices(config)
 
 

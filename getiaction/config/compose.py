@@ -17,7 +17,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from getiaction.config.help import help_text
 from getiaction.config.schema import Config
@@ -57,10 +57,16 @@ ALIASES = {  # names of LeRobot, Lightning and the seed document -> ours
 }
 
 
-def main(run: Callable[[Config], Any], config_name: str) -> Any:
-    """Run an entry point under Hydra; a mistake in the input is printed as one message and exits with 2."""
+def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config) -> Any:
+    """Run an entry point under Hydra; a mistake in the input is printed as one message and exits with 2.
+
+    Args:
+        run: the entry point; takes the typed config.
+        config_name: the root of its config, `conf/<config_name>.yaml`.
+        schema: the dataclass that types it.
+    """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(CONF_DIR))
+        print(help_text(CONF_DIR, config_name))
         return None
     import hydra
 
@@ -69,7 +75,7 @@ def main(run: Callable[[Config], Any], config_name: str) -> Any:
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
     def entry(composed: DictConfig) -> Any:
         try:
-            return run(to_config(composed))
+            return run(to_config(composed, config_name, schema))
         except (InputError, TrainingError) as error:
             stop(str(error), code=2 if isinstance(error, InputError) else 1)
 
@@ -86,22 +92,31 @@ def stop(message: str, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schema]) -> Schema:
     """Check a composed config against the schema and return it as plain typed objects.
 
     Raises:
-        InputError: a key that does not exist, or a value of the wrong type.
+        InputError: a key that does not exist, or a value of the wrong type or none at all.
     """
     register_resolvers()
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key}= is needed: {key_comment(config_name, str(error.full_key))}") from error
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, "train")) from error
-    assert isinstance(typed, Config)
+        raise InputError(explain(error, config_name)) from error
+    assert isinstance(typed, schema)
     return typed
 
 
-def compose(overrides: list[str], config_name: str = "train") -> Config:
+def key_comment(config_name: str, key: str) -> str:
+    """Return the comment above a key of a root config."""
+    lines = (CONF_DIR / f"{config_name}.yaml").read_text().splitlines()
+    number = next(number for number, line in enumerate(lines) if line.startswith(f"{key}:"))
+    return lines[number - 1].removeprefix("# ")
+
+
+def compose(overrides: list[str]) -> Config:
     """Compose a config as the command line would: `compose(["+preset=pusht_cpu", "seed=1"])`.
 
     Raises:
@@ -113,9 +128,9 @@ def compose(overrides: list[str], config_name: str = "train") -> Config:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return to_config(hydra.compose(config_name, overrides=overrides))
+            return to_config(hydra.compose("train", overrides=overrides), "train", Config)
     except HydraException as error:
-        raise InputError(explain(error, config_name)) from error
+        raise InputError(explain(error, "train")) from error
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -128,13 +143,12 @@ def explain(error: Exception, config_name: str) -> str:
         choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
         return f"{group}={choice} does not exist: {nearest(choice, choices)}the choices are {', '.join(choices)}"
     missing_key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
-    groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir())
-    if missing_key and (name := missing_key.group(1)) in groups:
+    if missing_key and (name := missing_key.group(1)) in groups_of(config_name):
         choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
         return f"{name}= needs a plus: +{name}=<choice>, one of {', '.join(choices)}"
     if missing_key:
         key = getattr(error, "full_key", None) or missing_key.group(1)
-        return f"{key} does not exist: {nearest(key, known_keys())}--cfg job shows every key"
+        return f"{key} does not exist: {nearest(key, known_keys(config_name))}--cfg job shows every key"
     full_key = None if text.startswith("training.resume") else getattr(error, "full_key", None)
     first = text.splitlines()[0] if text else type(error).__name__
     return f"{full_key}: {first}" if full_key else first
@@ -153,8 +167,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 @cache
-def known_keys() -> list[str]:
-    """Return every key of the config tree, dotted."""
+def known_keys(config_name: str = "train") -> list[str]:
+    """Return every key of an entry point's config tree, dotted."""
     keys: set[str] = set()
 
     def walk(prefix: str, node: Any) -> None:
@@ -163,15 +177,23 @@ def known_keys() -> list[str]:
                 keys.add(f"{prefix}{key}")
                 walk(f"{prefix}{key}.", value)
 
-    for path in CONF_DIR.glob("**/*.yaml"):
+    root = CONF_DIR / f"{config_name}.yaml"
+    for path in (root, *(path for group in groups_of(config_name) for path in (CONF_DIR / group).glob("*.yaml"))):
         content = yaml.safe_load(path.read_text()) or {}
         group = path.parent.relative_to(CONF_DIR)
-        is_root = path.parent == CONF_DIR or group.name == "preset"
+        is_root = path == root or group.name == "preset"
         walk(
             "" if is_root else f"{group.name}.",
             {key: value for key, value in content.items() if key not in ("defaults", "hydra")},
         )
     return sorted(key for key in keys if not key.rsplit(".", 1)[-1].startswith("_"))
+
+
+def groups_of(config_name: str) -> list[str]:
+    """Return the config groups of an entry point, as its defaults list names them; training has presets, too."""
+    defaults = yaml.safe_load((CONF_DIR / f"{config_name}.yaml").read_text()).get("defaults", [])
+    named = [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    return ["preset", *named] if config_name == "train" else named
 
 
 def register_resolvers() -> None:

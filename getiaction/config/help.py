@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 USAGE = """Train a Diffusion Policy.
@@ -26,8 +28,10 @@ Also: --cfg job shows what a command line composes to; -m sweeps, -m seed=0,1,2 
 has Hydra's own flags. Every key with a comment: the preset pusht_advanced."""
 
 
-def help_text(folder: Path) -> str:
-    """Return the help of an entry point whose config tree is `folder`: each group and choice with its first comment."""
+def help_text(folder: Path, config_name: str = "train") -> str:
+    """Return the help of an entry point whose config tree is `folder`: groups, choices and keys with their comments."""
+    if config_name != "train":
+        return "\n\n".join([f"{first_comment(folder / f'{config_name}.yaml')}", keys_help(folder, config_name)])
     groups = sorted(
         (path for path in folder.iterdir() if path.is_dir()), key=lambda path: (path.name != "preset", path)
     )
@@ -37,6 +41,18 @@ def help_text(folder: Path) -> str:
         choices = [f"  {path.stem:20} {first_comment(path)}" for path in sorted(group.glob("*.yaml"))]
         sections.append("\n".join([title, "", *choices, ""]))
     return "\n".join([USAGE, *sections, OVERRIDES])
+
+
+def keys_help(folder: Path, config_name: str) -> str:
+    """Return the keys of a root config, each with its comment and default, and the choices of `env`."""
+    lines = (folder / f"{config_name}.yaml").read_text().splitlines()
+    keys = [
+        f"  {line:32} {comment.removeprefix('# ')}"
+        for comment, line in pairwise(lines)
+        if comment.startswith("# ") and re.match(r"\w+:", line) and not line.startswith("defaults:")
+    ]
+    choices = [f"  env={path.stem:28} {first_comment(path)}" for path in sorted((folder / "env").glob("*.yaml"))]
+    return "\n".join(["Keys, key=value:", "", *keys, "", "Simulators:", "", *choices])
 
 
 def first_comment(path: Path) -> str:

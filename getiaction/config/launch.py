@@ -47,7 +47,8 @@ def launch_processes(config: Config, folder: Path) -> float | None:
     if code := run_and_forward_signals(command):
         sys.exit(code)
     lines = [line for line in read_metrics(folder) if "val_loss" in line or "loss" in line]
-    return lines[-1].get("val_loss", lines[-1].get("loss")) if lines else None
+    latest = {key: value for line in lines for key, value in line.items()}
+    return latest.get(config.sweep_metric, latest.get("loss"))
 
 
 def run_and_forward_signals(command: list[str]) -> int:

@@ -40,7 +40,8 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
     if not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    described, path = describe_machine(accelerator), folder / "run.json"
+    described, path = describe_machine(accelerator.device), folder / "run.json"
+    described |= {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     if path.exists():
         first = json.loads(path.read_text())
         described = {**first, "resumed": [*first.get("resumed", []), described]}
@@ -55,9 +56,22 @@ def replace_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; "auto" is the best that is here.
+
+    Raises:
+        InputError: it is not here, or there is no such device.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in here.items() if available))
+    if not here.get(name, False):
+        raise InputError(f"device={name} is not here: use {', '.join(kind for kind in here if here[kind])} or auto")
+    return torch.device(name)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what a number needs beside it: command, versions, commit, hardware."""
-    device = accelerator.device
     return {
         "command": sys.argv,
         "commit": find_commit(),
@@ -66,8 +80,6 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else find_cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
     }
 
 

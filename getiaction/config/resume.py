@@ -24,6 +24,9 @@ MAY_CHANGE = (
     "training.keep_checkpoints",
     "training.resume",
     "validation",
+    "evaluation",
+    "env",
+    "sweep_metric",
     "hardware",
     "tracker",
     "dataset.root",
@@ -48,6 +51,9 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
     saved = OmegaConf.create(dict(yaml.safe_load(path.read_text())))
     now = OmegaConf.structured(config)
+    for key in now:
+        if key not in saved:  # a run of an older version
+            saved[key] = now[key]
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "output_dir":
@@ -68,7 +74,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
             log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
         OmegaConf.update(saved, key, value, force_add=True)
-    return to_config(saved)
+    return to_config(saved, "train", Config)
 
 
 def plain(value: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from getiaction.config.build import (
     fetch_weights,
     observation_keys,
 )
+from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
+from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
 from getiaction.data.cache import load_episodes
@@ -32,6 +36,7 @@ from getiaction.data.windows import Windows
 from getiaction.interop.lerobot import WEIGHTS, load_file, not_for_lerobot, write_policy
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
+from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, point_last_at, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
@@ -130,7 +135,20 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
     model, prepared = accelerator.prepare(policy, optimizer)
     trainer = Trainer(
-        accelerator, policy, model, prepared, lr_scheduler, batches, store, metrics, plan, ema, validator, data
+        accelerator,
+        policy,
+        model,
+        prepared,
+        lr_scheduler,
+        batches,
+        store,
+        metrics,
+        plan,
+        ema,
+        validator,
+        evaluate=partial(evaluate_in_training, config, folder) if config.evaluates else None,
+        keep_best=config.evaluation.keep_best,
+        data=data,
     )
     if checkpoint and state:
         resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
@@ -139,6 +157,28 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         done = ": nothing is left to do" if state.step >= plan.max_steps else ""
         log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
     return trainer
+
+
+def evaluate_in_training(
+    config: Config, folder: Path, policy: DiffusionPolicy, step: int, last: bool, stopping: Callable[[], int]
+) -> dict[str, float] | None:
+    """Roll a policy out as the config says; return its metrics, or None if it was stopped."""
+    wanted = config.evaluation
+    episodes = wanted.final_episodes if last and wanted.final_episodes is not None else wanted.episodes
+    evaluation = Evaluation(
+        config.env,
+        range(wanted.seed, wanted.seed + episodes),
+        Crowd(wanted.num_envs, wanted.num_workers),
+        videos=wanted.videos,
+    )
+    place = folder / "evaluation" / f"{step:06d}"
+    described = {"step": step, **describe_machine(policy.alphas_cumprod.device)}
+    try:
+        summary = evaluation.run(policy, place, described, stopping)
+    except Stopped:
+        return None
+    log.info("step %d: %s; films: %s", step, say(summary), place)
+    return flat(summary)
 
 
 def split(config: Config, indices: list[int]) -> tuple[list[int], list[int]]:
@@ -196,11 +236,14 @@ def check_buildable(config: Config, metadata: DatasetMetadata) -> None:
     """Build everything once without memory or data: what a group refuses is an error before anything is decoded.
 
     Raises:
-        InputError: the policy, the optimiser or the split cannot be built.
+        InputError: the policy, the optimiser, the split or the simulator cannot be built, or they do not fit.
     """
     chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
     split(config, list(chosen))
-    build_policy(config, build_features(config, metadata), {}, fetch_weights=False, device="meta")
+    features = build_features(config, metadata)
+    build_policy(config, features, {}, fetch_weights=False, device="meta")
+    if config.evaluates:
+        check_environment(build_environment(config.env), features)
     build_lr_scheduler(config, build_optimizer(config, [nn.Parameter(torch.zeros(1))]), 1)
 
 
@@ -241,6 +284,8 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
         log_every=training.log_every,
         validate_every=config.validation.every,
         save_every=training.save_every,
+        evaluate_every=config.evaluation.every,
+        evaluate_last=config.evaluates,
         epoch_samples=samples,
     )
 

@@ -80,6 +80,18 @@ class ValidationConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    every: int | None = MISSING
+    episodes: int = MISSING
+    final_episodes: int | None = MISSING
+    seed: int = MISSING
+    num_envs: int | None = MISSING
+    num_workers: int | None = MISSING
+    videos: bool = MISSING
+    keep_best: bool = MISSING
+
+
+@dataclass
 class HardwareConfig:
     device: str = MISSING
     mixed_precision: str = MISSING
@@ -118,8 +130,16 @@ class Config:
     dataset: DatasetConfig = MISSING
     training: TrainingConfig = MISSING
     validation: ValidationConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    env: dict[str, Any] = MISSING
     hardware: HardwareConfig = MISSING
     tracker: TrackerConfig = MISSING
+    sweep_metric: str = MISSING
+
+    @property
+    def evaluates(self) -> bool:
+        """Tell whether this run rolls its policy out."""
+        return self.evaluation.every is not None or self.evaluation.final_episodes is not None
 
     @property
     def uses_images(self) -> bool:
@@ -133,3 +153,21 @@ class Config:
         return (
             self.policy.horizon - self.policy.n_action_steps - self.policy.n_obs_steps + 1 if given is None else given
         )
+
+
+@dataclass
+class EvaluateConfig:
+    """Hold everything that decides an evaluation."""
+
+    checkpoint: str = MISSING
+    episodes: int = MISSING
+    seed: int = MISSING
+    num_envs: int | None = MISSING
+    num_workers: int | None = MISSING
+    batch_size: int | None = MISSING
+    num_inference_steps: int | None = MISSING
+    videos: bool = MISSING
+    device: str = MISSING
+    num_threads: int | None = MISSING
+    output_dir: str = MISSING
+    env: dict[str, Any] | None = None

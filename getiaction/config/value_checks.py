@@ -24,6 +24,7 @@ CHOICES = {
     "hardware.compile_mode": ("default", "reduce-overhead", "max-autotune"),
     "hardware.data_placement": ("auto", "device", "host"),
     "tracker.name": ("local", "tensorboard", "wandb"),
+    "sweep_metric": ("val_loss", "loss", "val_action_error", "score", "success"),
 }
 AT_LEAST = {
     "seed": 0,
@@ -48,6 +49,12 @@ AT_LEAST = {
     "validation.every": 1,
     "validation.max_samples": 1,
     "validation.max_sampled": 0,
+    "evaluation.every": 1,
+    "evaluation.episodes": 1,
+    "evaluation.final_episodes": 1,
+    "evaluation.seed": 0,
+    "evaluation.num_envs": 1,
+    "evaluation.num_workers": 0,
     "hardware.num_processes": 1,
     "hardware.num_threads": 1,
 }

@@ -246,16 +246,12 @@ def load_policy(folder: str | Path, *, device: str | torch.device = "cpu") -> Di
     """Open a policy folder that training wrote (`checkpoints/<step>/pretrained_model`), ready to act.
 
     Args:
-        folder: the policy folder, or a run folder: its last checkpoint is taken.
+        folder: as `find_policy_folder` takes it.
 
     Raises:
         InputError: it is no policy folder, or its weights do not fit its config.
     """
-    folder = Path(folder)
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints" / "last" / "pretrained_model"
-    if missing := [name for name in (EXTRA, WEIGHTS, PREPROCESSOR_STATE) if not (folder / name).exists()]:
-        raise InputError(f"{folder} is no policy folder of getiaction: it has no {', '.join(missing)}")
+    folder = find_policy_folder(folder)
     described = json.loads((folder / EXTRA).read_text())
     policy = build(described, read_statistics(folder / PREPROCESSOR_STATE))
     try:
@@ -263,6 +259,27 @@ def load_policy(folder: str | Path, *, device: str | torch.device = "cpu") -> Di
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS} does not fit {EXTRA}: {error}") from error
     return policy.to(device).eval()
+
+
+def find_policy_folder(path: str | Path) -> Path:
+    """Return the policy folder that is meant: itself, that of a checkpoint, or that of a run's last checkpoint.
+
+    Raises:
+        InputError: nothing of the kind is there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"checkpoint={path} is no folder: give a run folder, outputs/<name>/<date_time>")
+    places = [path / "checkpoints" / "last" / "pretrained_model", path / "pretrained_model", path]
+    folder = next((place for place in places if (place / WEIGHTS).exists()), None)
+    if folder is None:
+        raise InputError(
+            f"checkpoint={path} holds no policy (no {WEIGHTS}): give a run folder with checkpoints, a "
+            "checkpoints/<step> folder or its pretrained_model"
+        )
+    if missing := [name for name in (EXTRA, PREPROCESSOR_STATE) if not (folder / name).exists()]:
+        raise InputError(f"checkpoint={folder} is no policy folder of getiaction: it has no {', '.join(missing)}")
+    return folder
 
 
 def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:

@@ -152,7 +152,7 @@ class DiffusionPolicy(nn.Module):
         observations: Mapping[str, Tensor],
         *,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Return the Ta actions to execute from the last observation on, in the dataset's units.
@@ -160,7 +160,7 @@ class DiffusionPolicy(nn.Module):
         Args:
             observations: `observation.*` (B, To, ...) in raw units, pictures as recorded: uint8 or float in [0, 1].
             noise: (B, T, Da) to start from; drawn from `generator` if None.
-            generator: source of all randomness, on the policy's device.
+            generator: source of all randomness, on the policy's device; or one for each row, which need `noise`.
             num_inference_steps: overrides the policy's own.
 
         Returns:
@@ -185,7 +185,7 @@ class DiffusionPolicy(nn.Module):
         prepared: Mapping[str, Tensor],
         *,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Do what `predict_action_chunk` does, for observations that are resized and cropped already."""
@@ -199,13 +199,15 @@ class DiffusionPolicy(nn.Module):
         self,
         cond: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Denoise a normalised trajectory, (B, T, Da), given encoded observations (B, cond_dim)."""
         scheduler = self.noise_scheduler
         if noise is None:
             shape = (len(cond), self.horizon, self.features.action_dim)
+            if isinstance(generator, list):
+                raise ValueError("one generator for each row needs noise= to start from")
             noise = torch.randn(shape, generator=generator, device=cond.device)
         scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters

@@ -4,6 +4,7 @@ checkpoints/<step>/pretrained_model/   the policy, its averaged weights: what Le
 checkpoints/<step>/training_state/     raw weights, optimiser, schedule, step: what a resumed run needs
 checkpoints/<step>/manifest.json       size and checksum of every file
 checkpoints/last                       link to the newest
+checkpoints/best/pretrained_model/     if asked for: the policy with the best score so far, beside its `score.json`
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from getiaction.errors import InputError
 
-PRETRAINED, STATE, MANIFEST, LAST = "pretrained_model", "training_state", "manifest.json", "last"
+PRETRAINED, STATE, MANIFEST, LAST, BEST = "pretrained_model", "training_state", "manifest.json", "last", "best"
+SCORE = "score.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -74,6 +76,24 @@ class CheckpointStore:
         point_last_at(self.folder, path.name)
         self.prune()
         return path
+
+    def save_best(self, policy: nn.Module, *, step: int, score: float) -> None:
+        """Keep the policy as `best` if its score is above that of the one there; of equals, the first stays."""
+        path = self.folder / BEST
+        if (path / SCORE).exists() and json.loads((path / SCORE).read_text())["score"] >= score:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
+        self.write_policy(temporary / PRETRAINED, policy)
+        write_json(temporary / SCORE, {"step": step, "score": score})
+        write_manifest(temporary)
+        old = self.folder / f".{BEST}-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        fsync(self.folder)
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, ascending."""

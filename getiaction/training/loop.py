@@ -28,7 +28,7 @@ from getiaction.random import Purpose, generator
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.ema import Ema
 from getiaction.training.metrics import MetricsWriter
-from getiaction.training.validation import Validator, draw_noise
+from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)
 AGREE_EVERY = 10  # steps between questions of several processes to each other whether to stop
@@ -44,7 +44,12 @@ class Plan:
     log_every: int = 50
     validate_every: int | None = None
     save_every: int | None = None
+    evaluate_every: int | None = None
+    evaluate_last: bool = False
     epoch_samples: int = 1  # samples in one epoch, for the `epoch` column
+
+
+Evaluate = Callable[[DiffusionPolicy, int, bool, Callable[[], int]], dict[str, float] | None]
 
 
 @dataclass
@@ -56,6 +61,9 @@ class Trainer:
         model: the same as Accelerate prepared it: in mixed precision, or distributed.
         ema: None trains without averaging.
         validator: None if no episodes are held out.
+        evaluate: rolls a policy out, given the step, whether it is the last, and what tells whether to stop, when it
+            returns None; None if nothing is rolled out.
+        keep_best: keep the policy with the best score as well.
     """
 
     accelerator: Accelerator
@@ -69,6 +77,8 @@ class Trainer:
     plan: Plan
     ema: Ema | None = None
     validator: Validator | None = None
+    evaluate: Evaluate | None = None
+    keep_best: bool = False
     data: str = ""  # fingerprint of the episodes
     step: int = 0
     unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
@@ -91,6 +101,8 @@ class Trainer:
         self.model.train()
         with stop_on_signals() as stopping, self._progress() as bar:
             clock = Clock()
+            if self.step:  # what a run that was stopped here still owes
+                self._evaluate(clock, stopping)
             for batches in clock.waiting(self.batches.iterate(self.step, plan.max_steps)):
                 self._optimise(batches)
                 self.step += 1
@@ -102,6 +114,7 @@ class Trainer:
                     self._validate(clock)
                 if last or is_due(self.step, plan.save_every):
                     self._save(clock)
+                self._evaluate(clock, stopping)
                 if not last and (number := self._agree(stopping())):
                     self._save(clock)
                     raise SystemExit(128 + number)
@@ -190,6 +203,27 @@ class Trainer:
                 self.latest.update(measured)
                 self.metrics.write(self.step, **measured)
                 tqdm.write("  ".join([f"step {self.step}", *(f"{key} {value:.4f}" for key, value in measured.items())]))
+            self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, clock: Clock, stopping: Callable[[], int]) -> None:
+        """Roll the policy out, if that was not done before this run was stopped here."""
+        last = self.step == self.plan.max_steps
+        if self.evaluate is None or not (
+            self.plan.evaluate_last if last else is_due(self.step, self.plan.evaluate_every)
+        ):
+            return
+        self._save(clock)  # a kill costs nothing from here on
+        with clock.paused():
+            if self.accelerator.is_main_process and not self.metrics.holds(self.step, "score"):
+                with evaluating(self.best):
+                    measured = self.evaluate(self.best, self.step, last, stopping)
+                if measured is not None:
+                    self.latest.update(measured)
+                    self.metrics.write(self.step, **measured)
+                    if self.keep_best:
+                        self.store.save_best(self.best, step=self.step, score=measured["score"])
+                elif last:
+                    raise SystemExit(128 + stopping())
             self.accelerator.wait_for_everyone()
 
     def _save(self, clock: Clock) -> None:

@@ -34,6 +34,10 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
 
+    def holds(self, step: int, name: str) -> bool:
+        """Tell whether this step has a value of this name already."""
+        return any(line["step"] == step and name in line for line in read_metrics(self.path.parent))
+
     def write(self, step: int, **values: Any) -> None:
         """Write one line."""
         if not self.active:

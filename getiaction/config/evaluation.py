@@ -1,0 +1,204 @@
+"""Assemble an evaluation: policy, environment, episodes, and what is written of them."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+import yaml
+from torch import Tensor
+
+from getiaction.config.build import build_group
+from getiaction.config.schema import EvaluateConfig
+from getiaction.errors import InputError
+from getiaction.keys import is_camera
+from getiaction.policy import BatchedActor, DiffusionPolicy, Features
+from getiaction.report.evaluation import draw_sheet, film, write_numbers
+from getiaction.simulation.environment import Environment
+from getiaction.simulation.evaluation import Crowd, EpisodeLog, run_episodes
+from getiaction.simulation.metrics import Summary, summarize
+from getiaction.simulation.rollout import MakeEnvironment
+
+log = logging.getLogger(__name__)
+NO_SIMULATOR = "env=none: there is no simulator for this data"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Say which episodes to run, and how.
+
+    Args:
+        env: the config of the environment, a leaf of `conf/env/`.
+        seeds: one per episode.
+        batch_size: rows of one call of the policy; None: by device.
+        num_inference_steps: None: the policy's own.
+        videos: film three episodes and draw how all ended.
+    """
+
+    env: Mapping[str, Any]
+    seeds: range
+    crowd: Crowd
+    batch_size: int | None = None
+    num_inference_steps: int | None = None
+    videos: bool = True
+
+    def run(
+        self,
+        policy: DiffusionPolicy,
+        folder: Path,
+        described: Mapping[str, Any],
+        stopping: Callable[[], int] = lambda: 0,
+    ) -> Summary:
+        """Roll the policy out and write `folder`: episodes as they end, then numbers, sheet and films.
+
+        Raises:
+            Stopped: `stopping`, asked now and then, said so.
+        """
+        make = build_environment(self.env)
+        act = BatchedActor(policy, batch_size=self.batch_size, num_inference_steps=self.num_inference_steps)
+        identity = {
+            "weights": fingerprint(policy.state_dict()),
+            "env": dict(self.env),
+            "batch_size": act.batch_size,
+            "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
+            "device": act.device.type,
+        }
+        episodes = run_episodes(
+            act,
+            make,
+            EpisodeLog(folder / "episodes.jsonl", identity),
+            self.seeds,
+            keys=policy.features.observation_keys,
+            n_obs_steps=policy.n_obs_steps,
+            batch_size=act.batch_size,
+            crowd=self.crowd,
+            stopping=stopping,
+        )
+        summary = summarize(episodes)
+        write_numbers(folder, summary, episodes, {**identity, **described})
+        if self.videos:
+            environment = make()
+            draw_sheet(folder, environment, episodes)
+            film(folder, environment, episodes)
+        return summary
+
+
+def build_environment(env: Mapping[str, Any]) -> MakeEnvironment:
+    """Return what makes an environment of this config.
+
+    Raises:
+        InputError: it names none, or cannot be built.
+    """
+    if env.get("_target_") is None:
+        raise InputError(f"{NO_SIMULATOR}; a policy can be evaluated where there is one, env=pusht")
+    return build_group("env", {**env, "_convert_": "all"})
+
+
+def check_environment(make: MakeEnvironment, features: Features) -> Environment:
+    """Check that an environment shows what a policy needs, and takes what it does; return one.
+
+    Raises:
+        InputError: an observation is missing or has another shape, or the actions differ.
+    """
+    environment = make()
+    has = environment.observation_shapes
+    if missing := [key for key in features.observation_keys if key not in has]:
+        raise InputError(
+            f"the policy needs {', '.join(missing)}, env={environment.name} shows {', '.join(has)}: evaluate it in the "
+            "environment that its data come from, or leave that observation out of training (dataset.observations)"
+        )
+    for key in features.observation_keys:
+        if tuple(has[key]) != tuple(features.shapes[key]):
+            size = f": use env.image_size={list(features.shapes[key][1:])}" if is_camera(key) else ""
+            raise InputError(
+                f"{key} is {has[key]} in env={environment.name}, the policy needs {features.shapes[key]}{size}"
+            )
+    if environment.action_dim != features.action_dim:
+        raise InputError(
+            f"env={environment.name} takes actions of {environment.action_dim} numbers, the policy makes "
+            f"{features.action_dim}: evaluate it in the environment that its data come from"
+        )
+    return environment
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Check the numbers of an evaluation.
+
+    Raises:
+        InputError: all errors, one a line.
+    """
+    least = {"episodes": 1, "seed": 0, "num_envs": 1, "num_workers": 0, "num_inference_steps": 1, "num_threads": 1}
+    values = {key: getattr(config, key) for key in least}
+    problems = [
+        f"{key}={value} must be a whole number of at least {least[key]}"
+        for key, value in values.items()
+        if value is not None and value < least[key]
+    ]
+    if config.batch_size is not None and (config.batch_size < 1 or config.batch_size % 16):
+        problems.append(f"batch_size={config.batch_size} must be a multiple of 16, or rows would not all be equal")
+    if problems:
+        raise InputError("\n       ".join(problems))
+
+
+def find_env(pretrained: Path) -> dict[str, Any]:
+    """Return the environment that the run of a policy folder names in its `config.yaml`.
+
+    Raises:
+        InputError: the folder belongs to no run, or to one without a simulator.
+    """
+    config = pretrained.resolve().parents[2] / "config.yaml"  # <run>/checkpoints/<step>/pretrained_model
+    env = (yaml.safe_load(config.read_text()) or {}).get("env") if config.exists() else None
+    if env is None:
+        raise InputError(f"{pretrained} belongs to no run that names its simulator: say which, env=pusht")
+    if env.get("_target_") is None:
+        raise InputError(f"{NO_SIMULATOR} ({config}); env=pusht evaluates it there all the same")
+    return env
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return a checksum of weights, by name and content."""
+    digest = xxhash.xxh3_64()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def measure_latency(policy: DiffusionPolicy, environment: Environment, num_inference_steps: int | None) -> float:
+    """Return the milliseconds that one action chunk for one robot takes, the median of five."""
+    environment.reset(0)
+    seen = environment.observe(policy.features.observation_keys)
+    batch = {
+        key: torch.from_numpy(np.stack([value] * policy.n_obs_steps)[None]).to(policy.alphas_cumprod.device)
+        for key, value in seen.items()
+    }  # (1, To, ...)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        policy.predict_action_chunk(batch, num_inference_steps=num_inference_steps).cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) * 1e3  # the first one warms up
+
+
+def say(summary: Summary) -> str:
+    """Return the line that people read."""
+    means = ", ".join(f"max {name} {value}" for name, value in summary.largest.items())
+    return (
+        f"{summary.episodes} episodes: score A {summary.score}, success B {summary.success}, {means}, "
+        f"{summary.length.mean:.0f} steps"
+    )
+
+
+def flat(summary: Summary) -> dict[str, float]:
+    """Return score and success with their intervals, as columns of metrics."""
+    found = {"score": summary.score, "success": summary.success}
+    columns = {f"{name}_{end}": asdict(value)[end] for name, value in found.items() for end in ("low", "high")}
+    return {name: value.mean for name, value in found.items()} | columns

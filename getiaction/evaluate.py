@@ -1,0 +1,85 @@
+"""Roll a policy out in its simulator: `python -m getiaction.evaluate checkpoint=RUN_FOLDER episodes=50`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from getiaction.config.compose import main as hydra_main
+from getiaction.config.schema import EvaluateConfig
+from getiaction.simulation.metrics import Summary
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
+    """Evaluate what `config` says; write numbers, films and a sheet to `folder`.
+
+    Raises:
+        InputError: there is no policy, no simulator for it, or the two do not fit; nothing has been written.
+    """
+    import torch
+
+    from getiaction.config.evaluation import (
+        Evaluation,
+        build_environment,
+        check_environment,
+        check_evaluate,
+        find_env,
+        measure_latency,
+        say,
+    )
+    from getiaction.config.record import describe_machine, pick_device
+    from getiaction.interop.lerobot import find_policy_folder, load_policy
+    from getiaction.simulation.evaluation import Crowd
+
+    check_evaluate(config)
+    device = pick_device(config.device)
+    pretrained = find_policy_folder(config.checkpoint)
+    env = config.env if config.env is not None else find_env(pretrained)
+    make = build_environment(env)
+    torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    policy = load_policy(pretrained, device=device)
+    environment = check_environment(make, policy.features)
+    log.info("policy: %s, sees %s", pretrained, ", ".join(policy.features.observation_keys))
+    evaluation = Evaluation(
+        env,
+        range(config.seed, config.seed + config.episodes),
+        Crowd(config.num_envs, config.num_workers),
+        batch_size=config.batch_size,
+        num_inference_steps=config.num_inference_steps,
+        videos=config.videos,
+    )
+    latency = measure_latency(policy, environment, config.num_inference_steps)
+    described = {"checkpoint": str(pretrained), "latency_ms": latency, **describe_machine(device)}
+    start = time.perf_counter()
+    summary = evaluation.run(policy, folder, described)
+    rate = config.episodes / (time.perf_counter() - start) * 60
+    log.info("%s", say(summary))
+    log.info("one action chunk: %.0f ms; %.0f episodes/min", latency, rate)
+    log.info("results: %s", folder)
+    return summary
+
+
+def run_hydra_job(config: EvaluateConfig) -> float:
+    """Evaluate under Hydra; return the score, which a sweep may maximise."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return evaluate(config, folder).score.mean
+    except KeyboardInterrupt:
+        again = " ".join(argument for argument in sys.argv[1:] if not argument.startswith("output_dir="))
+        log.info("stopped; what ended is kept. To go on: python -m getiaction.evaluate %s output_dir=%s", again, folder)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Run as a command."""
+    hydra_main(run_hydra_job, "evaluate", EvaluateConfig)
+
+
+if __name__ == "__main__":
+    main()
