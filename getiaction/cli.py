@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "train a Diffusion Policy; arguments as in `python -m getiaction.train`",
+    "demonstrate": "record a scripted expert as a LeRobotDataset",
     "evaluate": "roll a policy out in its simulator: score, success rate, films",
 }
 
@@ -17,7 +18,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print("usage: getiaction COMMAND [arguments]\n\ncommands:")
-        print("\n".join(f"  {command:10} {text}" for command, text in COMMANDS.items()))
+        print("\n".join(f"  {command:12} {text}" for command, text in COMMANDS.items()))
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -75,17 +75,33 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
 def choose_precision(hardware: HardwareConfig, device: str) -> str:
     """Return Accelerate's name of the precision; where the device lacks it, say so and use full precision."""
     wanted = hardware.mixed_precision
-    has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "auto" and device == "cuda":
-        return "bf16" if has_bf16 else "fp16"
-    if wanted == "bf16" and not has_bf16:
+    if wanted == "auto":
+        if multiplies_bf16(device):
+            return "bf16"
+        if device == "cuda":
+            return "fp16"
+        log.info(
+            "mixed precision: auto on %s falls back to full precision, as it does not multiply bf16 itself; "
+            "hardware.mixed_precision=bf16 asks for it all the same",
+            device,
+        )
+        return "no"
+    if wanted == "bf16" and device == "cuda" and not multiplies_bf16(device):
         log.info("mixed precision: this GPU has no bf16, fp16 is used")
         return "fp16"
-    if wanted == "auto" or (wanted == "fp16" and device == "cpu"):
-        offer = "; hardware.mixed_precision=bf16 asks for it all the same" if wanted == "auto" else ": bf16 works there"
-        log.info("mixed precision: %s on %s falls back to full precision%s", wanted, device, offer)
+    if wanted == "fp16" and device == "cpu":
+        log.info("mixed precision: fp16 on cpu falls back to full precision: bf16 works there")
         return "no"
     return wanted
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Tell whether a device has instructions for bf16 products; without them bf16 is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerator) -> Episodes:

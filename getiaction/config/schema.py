@@ -171,3 +171,16 @@ class EvaluateConfig:
     num_threads: int | None = MISSING
     output_dir: str = MISSING
     env: dict[str, Any] | None = None
+
+
+@dataclass
+class DemonstrateConfig:
+    """Hold everything that decides demonstrations."""
+
+    env: dict[str, Any] = MISSING
+    episodes: int = MISSING
+    seed: int = MISSING
+    disturbance: float = MISSING
+    num_workers: int | None = MISSING
+    repo_id: str = MISSING
+    output_dir: str = MISSING

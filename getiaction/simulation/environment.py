@@ -47,3 +47,31 @@ class Environment(Protocol):
 
     def render(self, size: int) -> np.ndarray:
         """Return a picture for people, (size, size, 3) uint8."""
+
+
+class Expert(Protocol):
+    """A script that knows how to do the task; it sees the whole state."""
+
+    def reset(self) -> None:
+        """Start an episode."""
+
+    def act(self, state: np.ndarray) -> np.ndarray:
+        """Return the next action (Da,) in a state of `Demonstrable.state`."""
+
+    @property
+    def done(self) -> bool:
+        """Tell whether nothing is left to improve."""
+
+
+class Demonstrable(Environment, Protocol):
+    """An environment that has a scripted expert."""
+
+    task: str
+    """What the expert does, in words."""
+
+    @property
+    def state(self) -> np.ndarray:
+        """Return the whole physical state."""
+
+    def make_expert(self, seed: int) -> Expert:
+        """Return a new expert; the same seed, the same behaviour."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from getiaction.keys import OBS_ENV_STATE, OBS_STATE
 from getiaction.simulation.environment import Observation, Step
+from getiaction.simulation.pusht_expert import PushTExpert
 
 OBS_IMAGE = "observation.image"
 WORLD = 512  # pixels of the square world; positions and actions are in these
@@ -33,6 +34,7 @@ class PushT:
     name = "pusht"
     fps = 10
     action_dim = 2
+    task = "Push the T-shaped block onto the T-shaped target."
 
     def __init__(self, *, max_steps: int = 300, image_size: Sequence[int] = (96, 96)) -> None:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display
@@ -85,6 +87,10 @@ class PushT:
         """Return the whole physical state (7,): agent x, y, its velocity x, y, block x, y, angle."""
         agent, block = self.simulator.agent, self.simulator.block
         return np.array([*agent.position, *agent.velocity, *block.position, block.angle])
+
+    def make_expert(self, seed: int) -> PushTExpert:
+        """Return the scripted expert, which plans its pushes in a copy of the simulator."""
+        return PushTExpert(seed=seed)
 
     def render(self, size: int) -> np.ndarray:
         """Draw the world with the agent's target as a red cross, (size, size, 3) uint8."""

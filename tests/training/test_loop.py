@@ -15,6 +15,7 @@ import wandb
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
+from getiaction.config import run
 from getiaction.errors import TrainingError
 from getiaction.training.metrics import read_metrics
 
@@ -204,8 +205,9 @@ def test_bf16_trains_on_the_cpu(tiny: Any, helpers: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("asked", ["auto", "fp16"])
 def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
-    tiny: Any, tmp_path: Path, asked: str, caplog: pytest.LogCaptureFixture
+    tiny: Any, tmp_path: Path, asked: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run, "multiplies_bf16", lambda device: False)  # an older CPU
     caplog.set_level(logging.INFO)
     trainer = tiny.trainer(tmp_path, f"hardware.mixed_precision={asked}")
     assert trainer.accelerator.mixed_precision == "no"
@@ -213,6 +215,14 @@ def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
     assert len(lines) == 1
     assert asked in lines[0]
     assert "falls back" in lines[0]
+
+
+def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "multiplies_bf16", lambda device: device == "cpu")
+    trainer = tiny.trainer(tmp_path, "hardware.mixed_precision=auto")
+    assert trainer.accelerator.mixed_precision == "bf16"
 
 
 def test_one_process_can_train_in_one_precision_after_another(tiny: Any, helpers: Any, tmp_path: Path) -> None:
