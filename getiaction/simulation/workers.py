@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from getiaction.errors import TrainingError
 from getiaction.simulation.environment import Observation
 from getiaction.simulation.rollout import Episode, MakeEnvironment, Runner
 
 GONE = "a simulator's process ended by itself: out of memory, or killed"
 
 
-class WorkerError(RuntimeError):
+class WorkerError(TrainingError):
     """An environment failed in its process; the message holds the trace from there."""
 
 
