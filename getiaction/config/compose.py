@@ -148,6 +148,10 @@ def explain(error: Exception, config_name: str) -> str:
         return f"{name}= needs a plus: +{name}=<choice>, one of {', '.join(choices)}"
     if missing_key:
         key = getattr(error, "full_key", None) or missing_key.group(1)
+        group = key.split(".")[0]
+        if key in known_keys(config_name) and group in groups_of(config_name):
+            choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+            return f"{key}= needs its group before it, too: {group}=<choice> {key}=..., one of {', '.join(choices)}"
         return f"{key} does not exist: {nearest(key, known_keys(config_name))}--cfg job shows every key"
     full_key = None if text.startswith("training.resume") else getattr(error, "full_key", None)
     first = text.splitlines()[0] if text else type(error).__name__

@@ -28,6 +28,9 @@ class PushT:
     Args:
         max_steps: control steps (10 Hz) until an episode ends without success.
         image_size: [height, width] of the pictures that a policy sees.
+
+    Raises:
+        ValueError: one of them is not possible.
     """
 
     name = "pusht"
@@ -35,6 +38,10 @@ class PushT:
     action_dim = 2
 
     def __init__(self, *, max_steps: int = 300, image_size: Sequence[int] = (96, 96)) -> None:
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"env.max_steps={max_steps} must be a whole number of at least 1")
+        if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
+            raise ValueError(f"env.image_size={image_size} must be two positive numbers, [height, width]")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         with warnings.catch_warnings():
