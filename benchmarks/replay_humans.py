@@ -6,8 +6,8 @@ benchmarks/results/replay_humans-<date>.json.
 
 The recorded keypoints carry a quirk. They were made by setting each frame's position first and its angle second, in one
 simulator for the whole dataset, and a change of angle turns the block about its centre of mass: frame i's block is
-displaced by (R(angle[i-1]) - R(angle[i])) @ centre of mass. `true_poses` takes that back. `next.reward` is the reward of
-the displaced block, before the frame's action.
+displaced by (R(angle[i-1]) - R(angle[i])) @ centre of mass. `true_poses` takes that back. `next.reward` is the reward
+of the displaced block, before the frame's action.
 """
 
 from __future__ import annotations
