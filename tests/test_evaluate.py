@@ -260,7 +260,11 @@ MISTAKES = [
     ("run", ["device=gpu"], "device=gpu is not here: use "),
     ("run", ["episode=5"], "episode does not exist: did you mean episodes?"),
     ("run", ["env=pushy"], "env=pushy does not exist: did you mean pusht?"),
-    ("run", ["env.max_steps=5"], "env.max_steps= needs its group before it, too: env=<choice>"),
+    (
+        "run",
+        ["env.max_steps=5"],
+        "env.max_steps is not in the env that is chosen: choose one that has it, env=<",
+    ),
     ("run", ["env=pusht", "env.max_steps=0"], "env.max_steps=0 must be a whole number of at least 1"),
     ("run", ["env=pusht", "env.image_size=[96]"], "env.image_size=[96] must be two positive numbers"),
     ("run", ["env=pusht", "+env.speed=2"], "env cannot be built: "),
