@@ -25,6 +25,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     from getiaction.config.evaluation import (
         Evaluation,
         build_environment,
+        check_denoising,
         check_environment,
         check_evaluate,
         find_env,
@@ -43,6 +44,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     policy = load_policy(pretrained, device=device)
     environment = check_environment(make, policy.features)
+    check_denoising(config, policy)
     log.info("policy: %s, sees %s", pretrained, ", ".join(policy.features.observation_keys))
     evaluation = Evaluation(
         env,

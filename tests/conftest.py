@@ -97,3 +97,50 @@ def moving_square(size: tuple[int, int], step: int, number: int) -> np.ndarray:
 def aloha_root(make_dataset: MakeDataset) -> Path:
     """Return an ALOHA-like dataset: 14 joints, two 480x640 cameras, 50 Hz."""
     return make_dataset(lengths=(30, 26), image_size=(480, 640), state_dim=14, action_dim=14, fps=50)
+
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """Return a function that writes a run folder with a tiny policy that has learned nothing; takes overrides."""
+
+    def make(*overrides: str, state_dim: int = 2, action_dim: int = 2, **cameras: tuple[int, int, int]) -> Path:
+        from dataclasses import asdict
+
+        import torch
+        import yaml
+
+        from getiaction.config.build import build_policy
+        from getiaction.config.compose import compose
+        from getiaction.interop.lerobot import write_policy
+        from getiaction.policy import Features
+
+        small = ["unet.down_dims=[16,32]", "unet.diffusion_step_embed_dim=16", "scheduler.num_train_timesteps=20"]
+        shown = {f"observation.{key}": shape for key, shape in cameras.items()}
+        features = Features(action_dim, state_dim, None if cameras else 16, shown)
+        seen = ["backbone=resnet18", "backbone.crop_shape=null"] if cameras else []
+        config = compose(["+preset=pusht_keypoints", *small, "policy.num_inference_steps=4", *seen, *overrides])
+        statistics = {}
+        for key, shape in features.shapes.items():
+            size, top = ((3, 1, 1), 1.0) if len(shape) == 3 else (shape, 512.0)
+            statistics[key] = {"min": torch.zeros(size), "max": torch.full(size, top)}
+            statistics[key] |= {"mean": torch.full(size, top / 2), "std": torch.full(size, top / 2)}
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("run")
+        write_policy(
+            folder / "checkpoints/000001/pretrained_model",
+            build_policy(config, features, statistics, fetch_weights=False),
+        )
+        (folder / "checkpoints/last").symlink_to("000001")
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def keypoints_run(make_run: MakeRun) -> Path:
+    """Return a run folder whose policy sees PushT's keypoints."""
+    return make_run()

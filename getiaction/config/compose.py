@@ -148,10 +148,22 @@ def explain(error: Exception, config_name: str) -> str:
         return f"{name}= needs a plus: +{name}=<choice>, one of {', '.join(choices)}"
     if missing_key:
         key = getattr(error, "full_key", None) or missing_key.group(1)
+        if having := choices_with(key, config_name):
+            group = key.split(".")[0]
+            return f"{key} is not in the {group} that is chosen: choose one that has it, {group}=<{'|'.join(having)}>"
         return f"{key} does not exist: {nearest(key, known_keys(config_name))}--cfg job shows every key"
     full_key = None if text.startswith("training.resume") else getattr(error, "full_key", None)
     first = text.splitlines()[0] if text else type(error).__name__
     return f"{full_key}: {first}" if full_key else first
+
+
+def choices_with(key: str, config_name: str) -> list[str]:
+    """Return the choices of a dotted key's group that have the key."""
+    group, *path = key.split(".")
+    if len(path) != 1 or group not in groups_of(config_name):
+        return []
+    files = sorted((CONF_DIR / group).glob("*.yaml"))
+    return [file.stem for file in files if f"\n{path[0]}:" in file.read_text()]
 
 
 def nearest(name: str, known: list[str]) -> str:

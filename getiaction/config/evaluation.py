@@ -106,9 +106,12 @@ def check_environment(make: MakeEnvironment, features: Features) -> Environment:
     """Check that an environment shows what a policy needs, and takes what it does; return one.
 
     Raises:
-        InputError: an observation is missing or has another shape, or the actions differ.
+        InputError: it cannot be built; an observation is missing or has another shape, or the actions differ.
     """
-    environment = make()
+    try:
+        environment = make()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"env cannot be built: {error}") from error
     has = environment.observation_shapes
     if missing := [key for key in features.observation_keys if key not in has]:
         raise InputError(
@@ -146,6 +149,19 @@ def check_evaluate(config: EvaluateConfig) -> None:
         problems.append(f"batch_size={config.batch_size} must be a multiple of 16, or rows would not all be equal")
     if problems:
         raise InputError("\n       ".join(problems))
+
+
+def check_denoising(config: EvaluateConfig, policy: DiffusionPolicy) -> None:
+    """Check that the policy can denoise in as many steps as it is asked to.
+
+    Raises:
+        InputError: it was trained with fewer.
+    """
+    steps = config.num_inference_steps
+    if steps is not None and steps > policy.num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps={steps} must be at most {policy.num_train_timesteps}, the denoising steps in training"
+        )
 
 
 def find_env(pretrained: Path) -> dict[str, Any]:

@@ -19,7 +19,18 @@ from accelerate import Accelerator
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
 
-PACKAGES = ("getiaction", "torch", "torchvision", "accelerate", "diffusers", "lerobot", "hydra-core", "numpy")
+PACKAGES = (
+    "getiaction",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "diffusers",
+    "lerobot",
+    "hydra-core",
+    "numpy",
+    "gym-pusht",
+    "pymunk",
+)
 
 
 def check_folder(config: Config, folder: Path) -> None:

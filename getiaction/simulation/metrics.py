@@ -31,7 +31,8 @@ def wilson(successes: int, count: int) -> Estimate:
     rate, z2 = successes / count, Z95**2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
-    return Estimate(rate, max(centre - half, 0.0), min(centre + half, 1.0))
+    # where all or none succeeded a bound is the rate itself, which rounding must not miss
+    return Estimate(rate, max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0))
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:

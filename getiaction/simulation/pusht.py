@@ -29,6 +29,9 @@ class PushT:
     Args:
         max_steps: control steps (10 Hz) until an episode ends without success.
         image_size: [height, width] of the pictures that a policy sees.
+
+    Raises:
+        ValueError: one of them is not possible.
     """
 
     name = "pusht"
@@ -37,11 +40,15 @@ class PushT:
     task = "Push the T-shaped block onto the T-shaped target."
 
     def __init__(self, *, max_steps: int = 300, image_size: Sequence[int] = (96, 96)) -> None:
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"env.max_steps={max_steps} must be a whole number of at least 1")
+        if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
+            raise ValueError(f"env.image_size={image_size} must be two positive numbers, [height, width]")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pygame speaks of its packaging
-            from gym_pusht.envs.pusht import PushTEnv
+            from gym_pusht.envs.pusht import PushTEnv, pymunk_to_shapely
 
         height, width = image_size
         self.max_steps = max_steps
@@ -54,6 +61,8 @@ class PushT:
         self.simulator: Any = PushTEnv(
             obs_type="state", render_mode="rgb_array", observation_width=width, observation_height=height
         )
+        self._to_shapely = pymunk_to_shapely
+        self.simulator._get_coverage = self._coverage
 
     def reset(self, seed: int) -> None:
         """Start an episode as `gymnasium`'s `reset(seed=seed)` does."""
@@ -67,6 +76,13 @@ class PushT:
         """Move the agent's target to `action`, x, y in world pixels, for 0.1 s."""
         _, reward, success, _, info = self.simulator.step(np.asarray(action, np.float32))
         return Step(float(reward), bool(success), {"coverage": float(info["coverage"])})
+
+    def _coverage(self) -> float:
+        """Return what gym-pusht does, the same each time: it adds the block's parts in the order of their addresses."""
+        simulator = self.simulator
+        bodies = (simulator.get_goal_pose_body(simulator.goal_pose), simulator.block)
+        goal, block = (self._to_shapely(body, simulator._block_shapes) for body in bodies)
+        return goal.intersection(block).area / goal.area
 
     def observe(self, keys: Sequence[str]) -> Observation:
         """Return the observations of these keys."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -11,11 +12,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from getiaction.errors import TrainingError
 from getiaction.simulation.environment import Observation
 from getiaction.simulation.rollout import Episode, MakeEnvironment, Runner
 
+GONE = "a simulator's process ended by itself: out of memory, or killed"
 
-class WorkerError(RuntimeError):
+
+class WorkerError(TrainingError):
     """An environment failed in its process; the message holds the trace from there."""
 
 
@@ -60,11 +64,11 @@ class WorkerPool:
 
     def start(self, slot: int, seed: int) -> None:
         """Start an episode in one environment."""
-        self._of(slot).send(("start", slot, seed))
+        self._send(slot, ("start", slot, seed))
 
     def execute(self, slot: int, actions: np.ndarray) -> None:
         """Execute a chunk in one environment."""
-        self._of(slot).send(("execute", slot, actions))
+        self._send(slot, ("execute", slot, actions))
 
     def wait(self) -> list[tuple[int, Observation | Episode]]:
         """Return what has come; wait for one at least.
@@ -76,28 +80,38 @@ class WorkerPool:
         for connection in cast(list[Connection], wait(self.connections)):
             try:
                 slot, result = connection.recv()
-            except EOFError as error:
-                raise WorkerError("a simulator's process ended by itself: out of memory, or killed") from error
+            except (EOFError, OSError) as error:  # a reset, where it was killed with a message unread
+                raise WorkerError(GONE) from error
             if isinstance(result, str):
                 raise WorkerError(f"a simulator failed:\n{result}")
             done.append((slot, result))
         return done
 
-    def _of(self, slot: int) -> Connection:
-        return self.connections[slot % len(self.connections)]
+    def _send(self, slot: int, message: tuple[str, int, Any]) -> None:
+        try:
+            self.connections[slot % len(self.connections)].send(message)
+        except OSError as error:
+            raise WorkerError(GONE) from error
 
 
 def serve(connection: Connection, make: MakeEnvironment, slots: list[int], keys: list[str], n_obs_steps: int) -> None:
     """Run the environments of these slots until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     slot = -1
-    try:
-        runners = {slot: Runner(make(), keys=keys, n_obs_steps=n_obs_steps) for slot in slots}
+    with contextlib.suppress(EOFError, OSError):  # the main process has gone, or wants no more
+        try:
+            runners = {slot: Runner(make(), keys=keys, n_obs_steps=n_obs_steps) for slot in slots}
+        except Exception:
+            connection.send((slot, traceback.format_exc()))
+            return
         while True:
             what, slot, value = connection.recv()
-            runner = runners[slot]
-            connection.send((slot, runner.start(value) if what == "start" else runner.execute(value)))
-    except EOFError:
-        return
+            connection.send((slot, attempt(runners[slot], what, value)))
+
+
+def attempt(runner: Runner, what: str, value: Any) -> Observation | Episode | str:
+    """Do what was asked for; return the trace if it fails."""
+    try:
+        return runner.start(value) if what == "start" else runner.execute(value)
     except Exception:
-        connection.send((slot, traceback.format_exc()))
+        return traceback.format_exc()

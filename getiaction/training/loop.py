@@ -219,9 +219,9 @@ class Trainer:
                     measured = self.evaluate(self.best, self.step, last, stopping)
                 if measured is not None:
                     self.latest.update(measured)
-                    self.metrics.write(self.step, **measured)
                     if self.keep_best:
                         self.store.save_best(self.best, step=self.step, score=measured["score"])
+                    self.metrics.write(self.step, **measured)  # last: it tells a resumed run that all this is done
                 elif last:
                     raise SystemExit(128 + stopping())
             self.accelerator.wait_for_everyone()

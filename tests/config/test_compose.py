@@ -21,6 +21,7 @@ MISTAKES = [
     (["training.max_steps=soon"], "training.max_steps: Value 'soon' of type 'str' could not be converted to Integer"),
     (["dataset.episodes=[one]"], "dataset.episodes[0]: Value 'one'"),
     (["training.resume=nowhere"], "training.resume=nowhere is no run folder"),
+    (["backbone=none", "backbone.norm=group"], "choose one that has it, backbone=<resnet18"),
     (["training.max_steps="], "training.max_steps"),
     (["a=[1"], "a=[1"),
 ]

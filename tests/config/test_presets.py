@@ -102,7 +102,7 @@ def test_advanced_names_every_key_with_a_comment() -> None:
     spelled_out = yaml.safe_load("\n".join(uncommented(line) for line in lines))
     composed = asdict(compose(["+preset=pusht_advanced"]))
     del composed["output_dir"]
-    for group in ("backbone", "unet", "scheduler", "optimizer"):
+    for group in ("backbone", "unet", "scheduler", "optimizer", "env"):
         composed[group] = {key: value for key, value in composed[group].items() if not key.startswith("_")}
     assert {key: spelled_out[key] for key in composed} == composed
     for number, line in enumerate(lines):
@@ -132,10 +132,12 @@ def test_every_key_of_the_tree_has_a_line_of_documentation(path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_trains_two_steps_at_full_size(preset: str, request: pytest.FixtureRequest, scratch: Path) -> None:
-    aloha = preset == "aloha"
-    root = request.getfixturevalue("aloha_root" if aloha else "pusht_root")
+    aloha, keypoints = preset == "aloha", preset == "pusht_keypoints"
+    names = {"aloha": "aloha_root", "pusht_keypoints": "pusht_keypoints_root"}
+    root = request.getfixturevalue(names.get(preset, "pusht_root"))
     small = ["training.batch_size=2", "training.max_steps=2", "training.log_every=1", "hardware.num_processes=1"]
-    small += ["backbone.weights=null", "validation.max_samples=2", "validation.max_sampled=2"]
+    small += ["validation.max_samples=2", "validation.max_sampled=2"]
+    small += ["evaluation.final_episodes=1", "env.max_steps=8"] if keypoints else ["backbone.weights=null"]
     small += [] if aloha else ["dataset.episodes=[0,1]"]
     config = compose([f"+preset={preset}", f"dataset.root={root}", *small])
     metrics = train(config, scratch / "run")

@@ -208,15 +208,21 @@ def written(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [EXTRA, WEIGHTS, PREPROCESSOR_STATE])
+@pytest.mark.parametrize("name", [EXTRA, PREPROCESSOR_STATE])
 def test_a_missing_file_is_named(written: Path, name: str) -> None:
     (written / name).unlink()
     with pytest.raises(InputError, match=f"pretrained_model is no policy folder of getiaction: it has no {name}$"):
         load_policy(written)
 
 
+def test_a_folder_without_weights_is_no_policy(written: Path) -> None:
+    (written / WEIGHTS).unlink()
+    with pytest.raises(InputError, match=rf"pretrained_model holds no policy \(no {WEIGHTS}\): give a run folder"):
+        load_policy(written)
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere is no policy folder"):
+    with pytest.raises(InputError, match="nowhere is no folder: give a run folder"):
         load_policy(tmp_path / "nowhere")
 
 

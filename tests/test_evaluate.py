@@ -1,0 +1,305 @@
+"""`python -m getiaction.evaluate`: the same episodes however it runs or is stopped, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from getiaction.evaluate import main
+
+SHORT = ("env=pusht", "env.max_steps=20", "device=cpu", "num_threads=1", "videos=false", "num_workers=0")
+LONG = (*SHORT[:1], "env.max_steps=120", *SHORT[2:], "episodes=12", "num_envs=1")
+PATIENCE = 120  # seconds until a test gives up waiting for a process
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_threads() -> Iterator[None]:
+    """Leave the number of threads, which the command sets, as it was."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Return a function that runs the command in this process; it returns the exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["getiaction.evaluate", *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def episodes(folder: Path) -> list[dict[str, Any]]:
+    """Return what the log holds, actions too, by seed."""
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()[1:]]
+    return sorted(lines, key=lambda line: line["seed"])
+
+
+# --- the same episodes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_by_one(keypoints_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an evaluation of five episodes, one at a time."""
+    folder = tmp_path_factory.mktemp("one_by_one")
+    with pytest.MonkeyPatch.context() as patch:
+        overrides = [f"checkpoint={keypoints_run}", *SHORT, "episodes=5", "num_envs=1", f"output_dir={folder}"]
+        patch.setattr(sys, "argv", ["getiaction.evaluate", *overrides])
+        main()
+    return folder
+
+
+@pytest.mark.parametrize("crowd", [("num_envs=3",), ("num_envs=5", "num_workers=2")], ids=["here", "in workers"])
+def test_how_many_run_at_once_changes_nothing(
+    keypoints_run: Path, one_by_one: Path, tmp_path: Path, command: Command, crowd: tuple[str, ...]
+) -> None:
+    short = [argument for argument in SHORT if argument != "num_workers=0" or len(crowd) == 1]
+    assert command(f"checkpoint={keypoints_run}", *short, "episodes=5", *crowd, f"output_dir={tmp_path}") == 0
+    assert episodes(tmp_path) == episodes(one_by_one)
+    assert read(tmp_path)["rows"] == read(one_by_one)["rows"]
+    assert (tmp_path / "episodes.csv").read_text() == (one_by_one / "episodes.csv").read_text()
+
+
+def test_more_episodes_go_on_from_those_that_are_there(
+    keypoints_run: Path, one_by_one: Path, tmp_path: Path, command: Command
+) -> None:
+    folder = shutil.copytree(one_by_one, tmp_path / "more")
+    before = (folder / "episodes.jsonl").read_text()
+    assert command(f"checkpoint={keypoints_run}", *SHORT, "episodes=6", "num_envs=1", f"output_dir={folder}") == 0
+    assert (folder / "episodes.jsonl").read_text().startswith(before)
+    assert [row["seed"] for row in read(folder)["rows"]] == list(range(1000, 1006))
+
+
+# --- stopped and gone on ----------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "getiaction.evaluate", *arguments, f"output_dir={folder}"]
+    with folder.with_suffix(".log").open("a") as said:
+        return subprocess.Popen(
+            words, stdout=said, stderr=subprocess.STDOUT, cwd=folder.parent, text=True, start_new_session=True
+        )
+
+
+def stop_at(process: subprocess.Popen[str], folder: Path, count: int, number: int) -> int:
+    """Send a signal as soon as `count` episodes are there; return the exit code."""
+    deadline, log = time.monotonic() + PATIENCE, folder / "episodes.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < count + 1:
+        assert process.poll() is None, folder.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline, folder.with_suffix(".log").read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    return process.wait(PATIENCE)
+
+
+def test_killed_interrupted_and_gone_on_equals_uninterrupted(
+    keypoints_run: Path, tmp_path: Path, command: Command
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    assert command(f"checkpoint={keypoints_run}", *LONG, f"output_dir={whole}") == 0
+    process = start(folder, f"checkpoint={keypoints_run}", *LONG)
+    assert stop_at(process, folder, 2, signal.SIGKILL) == -signal.SIGKILL
+    killed = len(episodes(folder))
+    assert 2 <= killed < 12
+    with (folder / "episodes.jsonl").open("a") as log:
+        log.write('{"seed": 1011, "success": fa')  # a line that the kill cut short
+    process = start(folder, f"checkpoint={keypoints_run}", *LONG)
+    assert stop_at(process, folder, killed + 2, signal.SIGINT) == 130
+    said = folder.with_suffix(".log").read_text()
+    assert f"To go on: python -m getiaction.evaluate checkpoint={keypoints_run}" in said
+    assert "Traceback" not in said
+    assert killed < len(episodes(folder)) < 12
+    assert not (folder / "evaluation.json").exists()
+    assert command(f"checkpoint={keypoints_run}", *LONG, f"output_dir={folder}") == 0
+    assert episodes(folder) == episodes(whole)
+    assert read(folder)["rows"] == read(whole)["rows"]
+    assert read(folder)["score"] == read(whole)["score"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [("env.max_steps=21", "env"), ("num_inference_steps=3", "num_inference_steps"), ("batch_size=32", "batch_size")],
+)
+def test_a_folder_of_another_evaluation_is_refused(
+    keypoints_run: Path, one_by_one: Path, command: Command, capsys: pytest.CaptureFixture[str], change: str, key: str
+) -> None:
+    short = [argument for argument in SHORT if argument.split("=")[0] != change.split("=")[0]]
+    before = (one_by_one / "episodes.jsonl").read_text()
+    assert command(f"checkpoint={keypoints_run}", *short, change, "episodes=5", f"output_dir={one_by_one}") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert f"holds episodes of another evaluation ({key} was" in line
+    assert (one_by_one / "episodes.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_checkpoint_is_refused(
+    make_run: Callable[..., Path], one_by_one: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_run("policy.n_action_steps=7")
+    weights = other / "checkpoints/000001/pretrained_model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    assert command(f"checkpoint={other}", *SHORT, "episodes=5", f"output_dir={one_by_one}") == 2
+    assert "holds episodes of another evaluation (" in capsys.readouterr().err
+
+
+def test_a_killed_worker_ends_the_evaluation_with_one_message(keypoints_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    arguments = [argument for argument in LONG if argument not in ("num_workers=0", "episodes=12")]
+    process = start(folder, f"checkpoint={keypoints_run}", *arguments, "num_workers=1", "episodes=500")
+    log, deadline = folder / "episodes.jsonl", time.monotonic() + PATIENCE
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None, folder.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+    assert process.wait(PATIENCE) == 1
+    said = folder.with_suffix(".log").read_text()
+    assert "error: a simulator's process ended by itself: out of memory, or killed" in said
+    assert "Traceback" not in said
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_numbers_sheet_and_films_tell_the_same(keypoints_run: Path, tmp_path: Path, command: Command) -> None:
+    arguments = [argument for argument in SHORT if argument != "videos=false"]
+    assert command(f"checkpoint={keypoints_run}", *arguments, "episodes=4", f"output_dir={tmp_path}") == 0
+    found = read(tmp_path)
+    rows = found["rows"]
+    assert [row["seed"] for row in rows] == [1000, 1001, 1002, 1003]
+    assert found["episodes"] == 4
+    for value in (found["score"], found["success"], found["length"], found["largest"]["coverage"]):
+        assert value["low"] <= value["mean"] <= value["high"]
+    assert found["score"]["mean"] == pytest.approx(sum(row["score"] for row in rows) / 4)
+    assert found["success"]["mean"] == sum(row["success"] for row in rows) / 4
+    assert found["length"]["mean"] == 20
+    assert found["checkpoint"].startswith(str(keypoints_run))
+    assert found["env"]["max_steps"] == 20
+    assert {"torch", "lerobot", "gym-pusht"} <= found["versions"].keys()
+    assert found["latency_ms"] > 0
+    with (tmp_path / "episodes.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [{key: str(value) for key, value in row.items()} for row in rows] == table
+    sheet = Image.open(tmp_path / "contact_sheet.png")
+    sheet.load()
+    assert sheet.size == (4 * 128, 128)
+    films = sorted((tmp_path / "videos").iterdir())
+    assert [film.name.split("_")[0] for film in films] == ["best", "median", "worst"]
+    ranked = sorted(rows, key=lambda row: (-row["score"], row["length"], row["seed"]))
+    assert int(films[0].stem.rsplit("_", 1)[1]) == ranked[0]["seed"]
+    for film in films:
+        with av.open(film) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 10
+        assert len(frames) == 20
+        assert frames[0].shape == (384, 384, 3)
+        assert (frames[0] != frames[-1]).any()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(make_run: Callable[..., Path], keypoints_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    bare = tmp_path_factory.mktemp("bare") / "policy"
+    shutil.copytree(keypoints_run / "checkpoints/000001/pretrained_model", bare)
+    return {
+        "run": keypoints_run,
+        "bare": bare,
+        "empty": tmp_path_factory.mktemp("empty"),
+        "real": make_run("env=none", "evaluation.final_episodes=null"),
+        "aloha": make_run(**{"images.top": (3, 48, 48)}),
+        "small": make_run(image=(3, 48, 48)),
+        "three": make_run(action_dim=3),
+    }
+
+
+MISTAKES = [
+    ("", [], "checkpoint= is needed: A run folder"),
+    ("nowhere", [], "nowhere is no folder: give a run folder"),
+    ("empty", [], "holds no policy (no model.safetensors): give a run folder with checkpoints"),
+    ("bare", [], "belongs to no run that names its simulator: say which, env=pusht"),
+    ("real", [], "env=none: there is no simulator for this data"),
+    ("run", ["env=none"], "env=none: there is no simulator for this data"),
+    ("aloha", ["env=pusht"], "the policy needs observation.images.top, env=pusht shows observation.state, "),
+    ("small", ["env=pusht"], "(3, 96, 96) in env=pusht, the policy needs (3, 48, 48): use env.image_size=[48, 48]"),
+    ("three", [], "env=pusht takes actions of 2 numbers, the policy makes 3"),
+    ("run", ["episodes=0"], "episodes=0 must be a whole number of at least 1"),
+    ("run", ["batch_size=10"], "batch_size=10 must be a multiple of 16"),
+    ("run", ["num_inference_steps=21"], "num_inference_steps=21 must be at most 20"),
+    ("run", ["device=gpu"], "device=gpu is not here: use "),
+    ("run", ["episode=5"], "episode does not exist: did you mean episodes?"),
+    ("run", ["env=pushy"], "env=pushy does not exist: did you mean pusht?"),
+    (
+        "run",
+        ["env.max_steps=5"],
+        "env.max_steps is not in the env that is chosen: choose one that has it, env=<",
+    ),
+    ("run", ["env=pusht", "env.max_steps=0"], "env.max_steps=0 must be a whole number of at least 1"),
+    ("run", ["env=pusht", "env.image_size=[96]"], "env.image_size=[96] must be two positive numbers"),
+    ("run", ["env=pusht", "+env.speed=2"], "env cannot be built: "),
+]
+
+
+@pytest.mark.parametrize(("place", "overrides", "message"), MISTAKES, ids=lambda value: str(value)[:30])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    overrides: list[str],
+    message: str,
+) -> None:
+    chosen = [f"checkpoint={folders.get(place, tmp_path / place)}"] if place else []
+    assert command(*chosen, *overrides, f"output_dir={tmp_path / 'out'}") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"]
+
+
+def test_a_device_that_is_not_here_is_refused(
+    keypoints_run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    assert command(f"checkpoint={keypoints_run}", f"device={missing}", f"output_dir={tmp_path}") == 2
+    assert f"error: device={missing} is not here: use " in capsys.readouterr().err
+
+
+def test_the_environment_of_the_run_is_found_in_its_config(
+    make_run: Callable[..., Path], tmp_path: Path, command: Command
+) -> None:
+    run = make_run("env.max_steps=9")
+    assert command(f"checkpoint={run}", "episodes=1", "videos=false", "num_workers=0", f"output_dir={tmp_path}") == 0
+    assert read(tmp_path)["length"]["mean"] == 9
