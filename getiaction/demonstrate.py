@@ -23,8 +23,8 @@ the others are left out. The same command makes the same episodes again:
 
     python -m getiaction.demonstrate env={name} {arguments}
 
-`action` is what the expert asked for. What was done is that plus a drifting noise of {disturbance:g} (standard
-deviation, in units of the action), so that the recordings show how it comes back from where it does not want to be.
+`action` is what the expert asked for. What was done is that plus a drifting noise, {disturbance:g} of the distance
+asked for (standard deviation), so that the recordings show how it comes back from where it does not want to be.
 
 LeRobotDataset v3.0. Apache-2.0.
 """
@@ -52,7 +52,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     make: Any = build_environment(config.env)
     environment = make()
     if not 0 <= config.disturbance < float("inf"):
-        raise InputError(f"disturbance={config.disturbance} must be 0 or more, in units of the action")
+        raise InputError(f"disturbance={config.disturbance} must be 0 or more, a share of the distance asked for")
     if not hasattr(environment, "make_expert"):
         raise InputError(f"env={environment.name} has no scripted expert: the environments that have one: pusht")
     root = folder / "dataset"

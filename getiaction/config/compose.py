@@ -209,8 +209,7 @@ def groups_of(config_name: str) -> list[str]:
 
 
 def register_resolvers() -> None:
-    """Register the resolvers that name the run folder, and files inside the package."""
-    OmegaConf.register_new_resolver("getiaction_packaged", lambda path: str(_PACKAGE / path), replace=True)
+    """Register the resolver that names the run folder."""
     OmegaConf.register_new_resolver("getiaction_run_folder", run_folder, replace=True, use_cache=True)
 
 

@@ -41,7 +41,8 @@ def demonstrate(environment: Demonstrable, start: int, seed: int, disturbance: f
         environment: observed in full, pictures included.
         start: seed of the start state.
         seed: of the expert and the disturbance.
-        disturbance: standard deviation of the noise, in units of the action; it drifts, so that it does not cancel out.
+        disturbance: standard deviation of the noise, as a share of the distance that is asked for: fine work is left
+            alone. It drifts, so that it does not cancel out.
     """
     expert, keys = environment.make_expert(seed), list(environment.observation_shapes)
     draw, noise = np.random.default_rng(seed), np.zeros(environment.action_dim)
@@ -52,8 +53,9 @@ def demonstrate(environment: Demonstrable, start: int, seed: int, disturbance: f
     while len(steps) < environment.max_steps and not expert.done:
         action = np.asarray(expert.act(environment.state), np.float32)
         rows.append({**environment.observe(keys), ACTION: action})
-        noise = DRIFT * noise + (1 - DRIFT**2) ** 0.5 * disturbance * draw.normal(size=environment.action_dim)
-        steps.append(environment.step(action + noise))
+        noise = DRIFT * noise + (1 - DRIFT**2) ** 0.5 * draw.normal(size=environment.action_dim)
+        reach = float(np.linalg.norm(action - environment.position))  # where little is asked for, little goes wrong
+        steps.append(environment.step(action + disturbance * reach * noise))
     if not any(step.success for step in steps):
         return None
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {

@@ -73,5 +73,9 @@ class Demonstrable(Environment, Protocol):
     def state(self) -> np.ndarray:
         """Return the whole physical state."""
 
+    @property
+    def position(self) -> np.ndarray:
+        """Return where the robot is (Da,), in units of the action."""
+
     def make_expert(self, seed: int) -> Expert:
         """Return a new expert; the same seed, the same behaviour."""

@@ -99,6 +99,11 @@ class PushT:
         raise KeyError(key)
 
     @property
+    def position(self) -> np.ndarray:
+        """Return where the robot is, in units of the action: the agent's x, y."""
+        return np.array(self.simulator.agent.position)
+
+    @property
     def state(self) -> np.ndarray:
         """Return the whole physical state (7,): agent x, y, its velocity x, y, block x, y, angle."""
         agent, block = self.simulator.agent, self.simulator.block

@@ -22,7 +22,7 @@ from getiaction.simulation.pusht_geometry import (
     to_world,
 )
 
-WALK_SPEED, PUSH_SPEED = 180.0, 120.0  # pixels per second
+WALK_SPEED, PUSH_SPEED = 140.0, 80.0  # pixels per second
 SWITCH_TIME = 0.5  # seconds that a change of contact costs besides the way
 LOYALTY = 0.3  # seconds by which another contact must be better than that of the step before
 PATIENCE = 0.1  # seconds that a push must save when the block may as well stay
@@ -69,7 +69,7 @@ class Planner:
         offset = agent - self.contacts.centre
         along = (offset * self.contacts.normal).sum(-1)
         aside = np.abs(offset[:, 0] * self.contacts.normal[:, 1] - offset[:, 1] * self.contacts.normal[:, 0])
-        return (along < 4) & (along > -40) & (aside < np.maximum(8, -0.5 * along))
+        return (along < 4) & (along > -40) & (aside < np.maximum(9, -0.5 * along))
 
     def usable(self, pose: np.ndarray) -> np.ndarray:
         """Say which corners (C,) the agent can reach inside the walls."""
