@@ -212,6 +212,16 @@ class TrainingBatches:
         """Return the samples of a step, over all processes."""
         return self.order.ids(step)
 
+    def weights(self, step: int) -> list[float]:
+        """Return the weight of each micro-batch of this process in a mean over the valid actions of the global batch.
+
+        Padding is not spread evenly, so the mean of micro-batches' means is another number; with these weights it is
+        the same, however the global batch is split.
+        """
+        _, is_pad = self.gatherer.windows.action_rows(self.ids(step))
+        valid = (~is_pad).sum(1)  # (global batch,)
+        return [float(valid[part].mean() / valid.mean()) for part in self.share.slices()]
+
     def step(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of one step."""
         ids, corners = self.order.ids(step), None

@@ -126,13 +126,14 @@ class Trainer:
         noise, timesteps = draw_noise(
             self.policy, share.global_batch_size, generator(self.plan.seed, Purpose.NOISE, self.step)
         )
+        masked = self.policy.do_mask_loss_for_padding and share.global_batch_size > share.batch_size
+        weights = self.batches.weights(self.step) if masked else [1.0] * share.accumulation
         total: Tensor | None = None
         for micro, (batch, part) in enumerate(zip(batches, share.slices(), strict=True)):
             is_last = micro == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = (
-                    self.model(batch, to_device(noise[part], device), to_device(timesteps[part], device))
-                    / share.accumulation
+                loss = self.model(batch, to_device(noise[part], device), to_device(timesteps[part], device)) * (
+                    weights[micro] / share.accumulation
                 )
                 self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
