@@ -19,6 +19,7 @@ from torch import Tensor
 from getiaction.config.build import build_group
 from getiaction.config.schema import EvaluateConfig
 from getiaction.errors import InputError
+from getiaction.interop.lerobot import describe
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
 from getiaction.report.evaluation import draw_sheet, film, write_numbers
@@ -64,17 +65,21 @@ class Evaluation:
         """
         make = build_environment(self.env)
         act = BatchedActor(policy, batch_size=self.batch_size, num_inference_steps=self.num_inference_steps)
+        described_policy = describe(policy)
         identity = {
             "weights": fingerprint(policy.state_dict()),
+            **{key: described_policy[key] for key in ("policy", "scheduler", "normalization")},
             "env": dict(self.env),
             "batch_size": act.batch_size,
             "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
             "device": act.device.type,
         }
+        kept = EpisodeLog(folder / "episodes.jsonl", identity)
+        before, start = len(kept.episodes), time.perf_counter()
         episodes = run_episodes(
             act,
             make,
-            EpisodeLog(folder / "episodes.jsonl", identity),
+            kept,
             self.seeds,
             keys=policy.features.observation_keys,
             n_obs_steps=policy.n_obs_steps,
@@ -82,8 +87,10 @@ class Evaluation:
             crowd=self.crowd,
             stopping=stopping,
         )
+        rate = (len(kept.episodes) - before) / (time.perf_counter() - start) * 60
+        log.info("%.0f episodes/min", rate)
         summary = summarize(episodes)
-        write_numbers(folder, summary, episodes, {**identity, **described})
+        write_numbers(folder, summary, episodes, {**identity, "episodes_per_minute": rate, **described})
         if self.videos:
             environment = make()
             draw_sheet(folder, environment, episodes)
