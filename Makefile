@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # Until the project has demonstrations of its own: the ones in the shared folder where it is, else the Hub's.
-DEMOS := $(wildcard ../shared/data/pusht)
+DEMOS := $(wildcard ../shared/data/$(if $(filter pusht_keypoints,$(PRESET)),pusht_keypoints,pusht))
 OWN := $(findstring dataset,$(ARGS))$(findstring resume,$(ARGS))
 ROOT := $(if $(OWN),,$(if $(and $(DEMOS),$(filter pusht_%,$(PRESET))),dataset.root=$(DEMOS)))
 
