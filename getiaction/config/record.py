@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
+from getiaction.files import replace_text
 
 PACKAGES = (
     "getiaction",
@@ -58,13 +59,6 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
         described = {**first, "resumed": [*first.get("resumed", []), described]}
     replace_text(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     replace_text(path, json.dumps(described, indent=1))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: it has its old content, or the new."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def pick_device(name: str) -> torch.device:

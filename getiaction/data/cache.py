@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from getiaction.data.episodes import Episodes, back_to_back, read_low_dimensiona
 from getiaction.data.frames import decode_camera
 from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files, image_shape
 from getiaction.errors import InputError
+from getiaction.progress import redraw_seconds
 
 FORMAT = 1
 BLOCK = 64 << 20  # bytes per checksum
@@ -123,8 +123,9 @@ def build_cache(
     temporary = make_room(path.parent, need)
     try:
         announce(f"decoding {source.num_frames} frames of {', '.join(cameras)} into {path} ({need / 1e9:.2f} GB), once")
-        quiet = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
-        with tqdm(total=source.num_frames * len(cameras), desc="decoding", unit=" frames", mininterval=quiet) as bar:
+        with tqdm(
+            total=source.num_frames * len(cameras), desc="decoding", unit=" frames", mininterval=redraw_seconds()
+        ) as bar:
             for camera, shape in shapes.items():
                 out = np.memmap(temporary / f"{camera}.frames", dtype=np.uint8, mode="w+", shape=shape)
                 decode_camera(metadata, episodes, camera, out, progress=bar.update)

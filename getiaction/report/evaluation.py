@@ -13,6 +13,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from getiaction.files import replace_text
 from getiaction.simulation.environment import Environment
 from getiaction.simulation.metrics import Summary
 from getiaction.simulation.rollout import Episode, replay
@@ -42,13 +43,6 @@ def write_numbers(folder: Path, summary: Summary, episodes: Sequence[Episode], d
         writer.writerows(rows)
     temporary.replace(folder / ROWS)
     return folder / NUMBERS
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: it has its old content, or the new."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def flat_row(episode: Episode) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from getiaction.errors import InputError
 from getiaction.keys import ACTION
+from getiaction.progress import redraw_seconds
 from getiaction.simulation.environment import Demonstrable, Step
 
 DRIFT = 0.8  # share of a disturbance that is still there one step later
@@ -202,5 +202,5 @@ def demonstration_bar(episodes: int) -> tqdm:
         desc="demonstrating",
         unit="episode",
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
+        mininterval=redraw_seconds(),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from getiaction.errors import InputError
+from getiaction.progress import redraw_seconds
 from getiaction.simulation.environment import Observation
 from getiaction.simulation.rollout import Act, Episode, MakeEnvironment, Moment, Pool, SerialPool, rollout
 from getiaction.simulation.workers import WorkerPool
@@ -143,7 +143,10 @@ def run_episodes(
     if left:
         num_envs, num_workers = crowd.resolve(batch_size, len(left))
         size = {"num_envs": num_envs, "batch_size": batch_size}
-        with open_pool(make, num_envs, num_workers, keys, n_obs_steps) as pool, evaluation_bar(log, seeds) as bar:
+        with (
+            open_pool(make, num_envs, num_workers, keys, n_obs_steps) as pool,
+            evaluation_bar(len(seeds), len(seeds) - len(left)) as bar,
+        ):
             for episode in rollout(act_unless_stopping, pool, left, **size):
                 log.append(episode)
                 show(bar, log.episodes)
@@ -163,17 +166,16 @@ def open_pool(
         yield pool
 
 
-def evaluation_bar(log: EpisodeLog, seeds: Sequence[int]) -> tqdm:
+def evaluation_bar(total: int, done: int) -> tqdm:
     """Return the progress bar, counting what is there already."""
-    done = len(seeds) - sum(seed not in {episode.seed for episode in log.episodes} for seed in seeds)
     return tqdm(
-        total=len(seeds),
+        total=total,
         initial=done,
         desc="evaluating",
         unit="episode",
         leave=False,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
+        mininterval=redraw_seconds(),
     )
 
 

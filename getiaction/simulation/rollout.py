@@ -77,16 +77,13 @@ class Runner:
             self.steps.append(self.environment.step(action))
             self.actions.append(action)
             if self.steps[-1].success or len(self.steps) == self.environment.max_steps:
-                return self._episode()
+                return finished(self.seed, self.steps, self.actions)
             if left < (self.history.maxlen or 1):  # earlier ones would be forgotten again
                 self.history.append(self.environment.observe(self.keys))
         return self._stacked()
 
     def _stacked(self) -> Observation:
         return {key: np.stack([past[key] for past in self.history]) for key in self.keys}
-
-    def _episode(self) -> Episode:
-        return finished(self.seed, self.steps, self.actions)
 
 
 def finished(seed: int, steps: Sequence[Step], actions: Sequence[np.ndarray]) -> Episode:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from getiaction.data.batches import Batch, Share, TrainingBatches, to_device
 from getiaction.errors import InputError, TrainingError
 from getiaction.policy import DiffusionPolicy
+from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.ema import Ema
@@ -265,7 +265,7 @@ class Trainer:
             unit="step",
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
+            mininterval=redraw_seconds(),
         )
 
 
