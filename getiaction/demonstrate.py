@@ -23,11 +23,13 @@ the others are left out. The same command makes the same episodes again:
 
     python -m getiaction.demonstrate env={name} {arguments}
 
-`action` is what the expert asked for. What was done is that plus a drifting noise, {disturbance:g} of the distance
-asked for (standard deviation), so that the recordings show how it comes back from where it does not want to be.
+{done}
 
 LeRobotDataset v3.0. Apache-2.0.
 """
+UNDISTURBED = "`action` is what the expert asked for, and what was done."
+DISTURBED = """`action` is what the expert asked for. What was done is that plus a drifting noise, {:g} of the distance
+asked for (standard deviation), so that the recordings show how it comes back from where it does not want to be."""
 
 
 def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
@@ -83,10 +85,8 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     except RuntimeError as error:
         raise TrainingError(str(error)) from error
     log.info("%d of %d attempts succeeded; writing the dataset", len(numbers), tried)
-    recordings = (attempts.read(number) for number in numbers)
-    write_dataset(root, recordings, repo_id=config.repo_id, fps=environment.fps, task=environment.task)
     frames = sum(len(np.load(attempts.path(number))["action"]) for number in numbers)
-    text = README.format(
+    readme = README.format(
         episodes=len(numbers),
         attempts=tried,
         frames=frames,
@@ -94,10 +94,11 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
         name=environment.name,
         task=environment.task,
         version=__version__,
-        disturbance=config.disturbance,
+        done=DISTURBED.format(config.disturbance) if config.disturbance else UNDISTURBED,
         arguments=" ".join(f"{key}={getattr(config, key)}" for key in ("episodes", "seed", "disturbance")),
     )
-    (root / "README.md").write_text(text)
+    recordings = (attempts.read(number) for number in numbers)
+    write_dataset(root, recordings, repo_id=config.repo_id, fps=environment.fps, task=environment.task, readme=readme)
     shutil.rmtree(attempts.folder)
     log.info("dataset: %s; train on it with dataset.root=%s", root, root)
     return root

@@ -40,7 +40,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     pretrained = find_policy_folder(config.checkpoint)
     env = config.env if config.env is not None else find_env(pretrained)
     make = build_environment(env)
-    torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     policy = load_policy(pretrained, device=device)
     environment = check_environment(make, policy.features)
     check_denoising(config, policy)

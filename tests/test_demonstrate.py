@@ -123,6 +123,7 @@ def test_lerobot_opens_the_dataset_and_sees_what_was_recorded(recorded: Path) ->
 def test_the_folder_says_what_made_it(recorded: Path) -> None:
     text = (recorded / "dataset" / "README.md").read_text()
     assert "python -m getiaction.demonstrate env=pusht episodes=2 seed=3" in text
+    assert "asked for, and what was done" in text  # nothing disturbed it
     assert not (recorded / "attempts").exists()
 
 

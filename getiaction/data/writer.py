@@ -14,7 +14,7 @@ from getiaction.keys import is_camera
 Frames = Mapping[str, np.ndarray]
 
 
-def write_dataset(root: Path, recordings: Iterable[Frames], *, repo_id: str, fps: int, task: str) -> Path:
+def write_dataset(root: Path, recordings: Iterable[Frames], *, repo_id: str, fps: int, task: str, readme: str) -> Path:
     """Write recordings to a new folder, beside its place first: it is whole, or not there.
 
     Args:
@@ -23,6 +23,7 @@ def write_dataset(root: Path, recordings: Iterable[Frames], *, repo_id: str, fps
         repo_id: the name that the dataset would have on the Hub.
         fps: frames per second.
         task: what is done, in words.
+        readme: the text of its README.md.
     """
     import av
     from lerobot.configs.video import RGBEncoderConfig
@@ -44,6 +45,7 @@ def write_dataset(root: Path, recordings: Iterable[Frames], *, repo_id: str, fps
         raise ValueError("there is no recording to write")
     dataset.finalize()
     shutil.rmtree(temporary / "images", ignore_errors=True)  # what the encoder worked from
+    (temporary / "README.md").write_text(readme)
     for path in temporary.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # LeRobot leaves videos to their owner
     temporary.rename(root)
