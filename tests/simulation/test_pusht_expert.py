@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-gym = pytest.importorskip("gymnasium")
-pytest.importorskip("gym_pusht")
-
-from getiaction.simulation.pusht_expert import PushTExpert  # noqa: E402
-from getiaction.simulation.pusht_geometry import CENTROID, GOAL, OUTLINE, is_free, step_back, to_block, to_world  # noqa: E402
-from getiaction.simulation.pusht_planner import CLOSE, Planner, misfit  # noqa: E402
+from getiaction.simulation.pusht_expert import PushTExpert
+from getiaction.simulation.pusht_geometry import CENTROID, GOAL, OUTLINE, is_free, step_back, to_block, to_world
+from getiaction.simulation.pusht_planner import CLOSE, Planner, misfit
 
 HUMAN_STEP_99, HUMAN_GAP_99 = 40.4, 73.5  # pixels, of lerobot/pusht_keypoints
 
 
 @pytest.fixture
 def env() -> Any:
+    import gym_pusht  # noqa: F401  registers it
+
     return gym.make("gym_pusht/PushT-v0", obs_type="state").unwrapped
 
 
