@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from getiaction.policy.activation import Mish
+
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
 
 
@@ -43,7 +45,7 @@ class ConvBlock(nn.Module):
         self.block = nn.Sequential(
             nn.Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
             nn.GroupNorm(n_groups, channels_out),
-            nn.Mish(),
+            Mish(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,13 +62,14 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.film_scale = film_scale
         self.conv1 = ConvBlock(channels_in, channels_out, kernel_size=kernel_size, n_groups=n_groups)
-        self.cond_encoder = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, channels_out * (2 if film_scale else 1)))
+        # LeRobot's Mish in here is the same for all blocks: the U-Net does it once
+        self.cond_encoder = nn.Sequential(nn.Identity(), nn.Linear(cond_dim, channels_out * (2 if film_scale else 1)))
         self.conv2 = ConvBlock(channels_out, channels_out, kernel_size=kernel_size, n_groups=n_groups)
         same = channels_in == channels_out
         self.residual_conv = nn.Identity() if same else nn.Conv1d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Map x (B, C, T) and cond (B, cond_dim) to (B, C', T)."""
+        """Map x (B, C, T) and cond (B, cond_dim), which has been through Mish, to (B, C', T)."""
         hidden = self.conv1(x)
         film = self.cond_encoder(cond)[:, :, None]  # (B, C' or 2C', 1)
         if self.film_scale:
@@ -108,8 +111,9 @@ class ConditionalUnet1d(nn.Module):
         self.diffusion_step_embed_dim = embed = diffusion_step_embed_dim
         self.use_film_scale_modulation = use_film_scale_modulation
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation = Mish()
         self.diffusion_step_encoder = nn.Sequential(
-            SinusoidalEmbedding(embed), nn.Linear(embed, embed * 4), nn.Mish(), nn.Linear(embed * 4, embed)
+            SinusoidalEmbedding(embed), nn.Linear(embed, embed * 4), Mish(), nn.Linear(embed * 4, embed)
         )
 
         def block(channels_in: int, channels_out: int) -> ResidualBlock:
@@ -156,6 +160,7 @@ class ConditionalUnet1d(nn.Module):
         """
         x = rearrange(noisy_actions, "b t d -> b d t")
         cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
+        cond = self.activation(cond)
         skips: list[Tensor] = []
         for first, second, halve in levels(self.down_modules):
             x = self._run(second, self._run(first, x, cond), cond)

@@ -1,0 +1,48 @@
+"""Mish, x * tanh(softplus(x)) (Misra, arXiv:1908.08681), fast on the CPU.
+
+On the CPU, PyTorch's own takes a fifth of a small U-Net's training step. With s = sigmoid(x) and r = 1 - s, the gate
+tanh(softplus(x)) is s * (1 + r) / (1 + r * r): one transcendental function instead of three. The derivative,
+gate + 4 * x * s * (r / (1 + r * r)) ** 2, comes along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Mish(nn.Module):
+    """Do what `nn.Mish` does: to float32's last digits on the CPU, by PyTorch's own kernel elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (...) to (...)."""
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+            return functional.mish(x)
+        return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish(x.float())[0].to(x.dtype)
+
+
+class _Mish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x32 = x.float()
+        y, gate, sigmoid, rest, inverse = _mish(x32)
+        slope = torch.add(gate, rest.mul_(inverse).square_().mul_(sigmoid).mul_(x32), alpha=4)
+        ctx.save_for_backward(slope.to(x.dtype))
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope
+
+
+def _mish(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return Mish, and what its derivative is made of: gate, s, r and 1 / (1 + r * r); all like x (...)."""
+    sigmoid = torch.sigmoid(x)
+    rest = 1 - sigmoid
+    inverse = (rest * rest).add_(1).reciprocal_()
+    gate = (1 + rest).mul_(sigmoid).mul_(inverse)
+    return x * gate, gate, sigmoid, rest, inverse
