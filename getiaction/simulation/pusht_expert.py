@@ -8,7 +8,7 @@ from getiaction.simulation.pusht_geometry import rotate, to_block, to_world
 from getiaction.simulation.pusht_planner import PUSH_SPEED, WALK_SPEED, Plan, Planner
 
 LAG = 0.2  # seconds that gym-pusht's agent trails a moving target: damping over stiffness, 20 / 100
-MAX_CHANGE = 90.0  # pixels per second that the velocity may change in one control step
+MAX_CHANGE = 130.0  # pixels per second that the velocity may change in one control step
 LOOK_AHEAD = 14.0  # pixels along the way
 SLOW_IN = 4.0  # pixels per second that a pixel before contact allows above `PUSH_SPEED`
 SLOW_OUT = 7.0  # pixels per second that a pixel before the end of the push allows

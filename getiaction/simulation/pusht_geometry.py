@@ -130,9 +130,12 @@ class Walks:
         self.corners = corners()
         self._last = _direct(self.corners, places.stand)  # (C, K)
         self._hop = _direct(self.corners, self.corners)  # (C, C)
-        onward = self._onward(np.ones(len(self.corners), bool))
-        around = (self._last.T[:, :, None] + onward[None]).min(1)
-        self.between = np.minimum(_direct(places.stand, places.stand), around) + 2 * STAND_OFF  # (K, K)
+        self._step = _direct(places.stand, places.stand)  # (K, K)
+
+    def between(self, *, usable: np.ndarray) -> np.ndarray:
+        """Return the shortest way's length (K, K) from contact to contact over the usable corners (C,) bool."""
+        around = (self._last.T[:, :, None] + self._onward(usable)[None]).min(1)
+        return np.minimum(self._step, around) + 2 * STAND_OFF
 
     def _onward(self, usable: np.ndarray) -> np.ndarray:
         """Return the shortest way (C, K) from each corner to each stand over the usable corners (C,) bool."""

@@ -22,13 +22,15 @@ from getiaction.simulation.pusht_geometry import (
     to_world,
 )
 
-WALK_SPEED, PUSH_SPEED = 140.0, 80.0  # pixels per second
+WALK_SPEED, PUSH_SPEED = 220.0, 120.0  # pixels per second
+WAY_SPEED = 150.0  # pixels per second that a walk is expected to make in all, corners and both ends included
 SWITCH_TIME = 0.5  # seconds that a change of contact costs besides the way
-LOYALTY = 0.3  # seconds by which another contact must be better than that of the step before
+LOYALTY = 0.3  # seconds by which another contact must be better than the one that the agent is walking to
+TOUCHING = 6.0  # pixels from a contact within which the agent has arrived
 PATIENCE = 0.1  # seconds that a push must save when the block may as well stay
 CLOSE = 1.8  # pixels of misfit, a coverage of about 0.96, above which the block may not stay
 SHORTEST, LONGEST = 0.7, 250.0  # pixels of one push
-LENGTHS = np.array([1.5, 4, 8, 14, 22, 32, 46, 64, 88, 120, 165])  # of the first of two pushes, before refining
+LENGTHS = np.array([4.0, 8, 14, 22, 32, 46, 64, 88, 120, 165])  # of the first of two pushes, before refining
 BEAM = 48  # pairs of pushes to refine
 INSIDE = 4.0, 508.0  # pixels between which the agent's centre stays
 MARGIN = 12.0  # pixels that the block should keep from the edge of the world: the walls end at 7
@@ -62,7 +64,6 @@ class Planner:
     def __init__(self) -> None:
         self.contacts = contacts()
         self.walks = Walks(self.contacts)
-        self._change = self.walks.between / WALK_SPEED + SWITCH_TIME
 
     def approach(self, agent: np.ndarray) -> np.ndarray:
         """Say which contacts (K,) the agent (2,), in the block's frame, may simply move to, pushing on the way."""
@@ -79,30 +80,37 @@ class Planner:
     def plan(self, agent: np.ndarray, pose: np.ndarray, *, keep: int | None = None) -> Plan:
         """Return the best plan for the agent (2,) and the block's pose (3,), both in the world.
 
-        `keep` is the contact of the plan before: another must be better by `LOYALTY` seconds.
+        `keep` is the contact of the plan before: until the agent is there, another must be better by `LOYALTY` seconds.
+        (Where it pushes already, such a bonus is collected by pushing a pixel at each step, for ever.)
         """
-        ways, every = self._ways(agent, pose), np.arange(len(self.contacts.turn))
-        bonus = np.where(every == keep, LOYALTY, 0.0)
+        usable, every = self.usable(pose), np.arange(len(self.contacts.turn))
+        ways = self._ways(agent, pose, usable)
+        away = np.linalg.norm(to_block(pose, agent) - self.contacts.centre, axis=-1) > TOUCHING
+        bonus = np.where((every == keep) & away, LOYALTY, 0.0)
         ways = ways - bonus
         length, cost = self._last(pose, every)
         cost = cost + ways
         k = int(np.argmin(cost))
         one = Plan(k, float(length[k]), float(cost[k]))
-        best = min(one, self._two(pose, ways, one.cost), key=lambda p: p.cost)
+        change = self.walks.between(usable=usable) / WAY_SPEED + SWITCH_TIME
+        best = min(one, self._two(pose, ways, change, one.cost), key=lambda p: p.cost)
         error = misfit(pose)
         if error < CLOSE and toll(error) < best.cost + bonus[best.contact] + PATIENCE:
             return Plan(None, 0.0, float(toll(error)))
         return best
 
-    def _ways(self, agent: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    def _ways(self, agent: np.ndarray, pose: np.ndarray, usable: np.ndarray) -> np.ndarray:
         """Return the seconds (K,) to each contact."""
         local = to_block(pose, agent)
-        walk = self.walks.from_agent(local, usable=self.usable(pose)) + STAND_OFF
+        walk = self.walks.from_agent(local, usable=usable) + STAND_OFF
         straight = np.linalg.norm(local - self.contacts.centre, axis=-1)
-        return np.where(self.approach(local), straight / WALK_SPEED, walk / WALK_SPEED + SWITCH_TIME)
+        return np.where(self.approach(local), straight / WAY_SPEED, walk / WAY_SPEED + SWITCH_TIME)
 
-    def _two(self, pose: np.ndarray, ways: np.ndarray, bound: float) -> Plan:
-        """Return the best two pushes: lengths of the first from a grid, then refined for the best pairs of contacts."""
+    def _two(self, pose: np.ndarray, ways: np.ndarray, change: np.ndarray, bound: float) -> Plan:
+        """Return the best two pushes: lengths of the first from a grid, then refined for the best pairs of contacts.
+
+        `change` (K, K) is the seconds from contact to contact.
+        """
         reach = ways[:, None] + LENGTHS / PUSH_SPEED
         first, index = np.nonzero(reach < bound)
         first, length, second = first[:, None], LENGTHS[index][:, None], np.arange(len(ways))[None]  # (F, 1), (1, K)
@@ -110,7 +118,7 @@ class Planner:
         for spread in (0.3, 0.1, 0.03, 0.0):
             if not len(first):
                 break
-            cost = self._pair_cost(pose, ways, first, length, second)
+            cost = self._pair_cost(pose, ways, change, first, length, second)
             order = _smallest(cost, BEAM)
             first, length, second = (np.broadcast_to(x, cost.shape).ravel()[order] for x in (first, length, second))
             k = int(np.argmin(cost.ravel()[order]))
@@ -120,12 +128,18 @@ class Planner:
         return best
 
     def _pair_cost(
-        self, pose: np.ndarray, ways: np.ndarray, first: np.ndarray, length: np.ndarray, second: np.ndarray
+        self,
+        pose: np.ndarray,
+        ways: np.ndarray,
+        change: np.ndarray,
+        first: np.ndarray,
+        length: np.ndarray,
+        second: np.ndarray,
     ) -> np.ndarray:
         """Return the seconds of pushing `length` at `first` and then as well as possible at `second`."""
         after = self._push(pose, first, length)
         cost = ways[first] + length / PUSH_SPEED + self._blocked(pose, after, first) + _crowded(after)
-        return cost + self._change[first, second] + self._last(after, second)[1]
+        return cost + change[first, second] + self._last(after, second)[1]
 
     def _last(self, pose: np.ndarray, contact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the length and the cost of the push that brings poses (..., 3) nearest the goal.

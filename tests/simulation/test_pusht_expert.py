@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from getiaction.simulation.pusht import PushT
 from getiaction.simulation.pusht_expert import PushTExpert
 from getiaction.simulation.pusht_geometry import CENTROID, GOAL, OUTLINE, is_free, step_back, to_block, to_world
 from getiaction.simulation.pusht_planner import CLOSE, Planner, misfit
@@ -102,6 +103,19 @@ def test_succeeds_at_a_persons_speed_and_does_not_stop_short(env: Any) -> None:
         assert coverages[-1] > 0.955
         assert np.linalg.norm(np.diff(actions, axis=0), axis=1).max() < HUMAN_STEP_99
         assert np.linalg.norm(actions - states[:, :2], axis=1).max() < HUMAN_GAP_99
+
+
+def test_goes_on_where_a_wall_shuts_the_shorter_way() -> None:
+    """It pushed a pixel at each step there, for seconds: the plan was always to do the next push afterwards."""
+    simulator, expert = PushT(max_steps=300), PushTExpert()
+    simulator.reset_to([359.2, 504.1, 423.15, 378.27, 0.48])
+    places = []
+    for _ in range(40):
+        places.append(simulator.position)
+        simulator.step(expert.act(simulator.state))
+    for start in range(0, 40 - 8, 4):
+        reached = np.linalg.norm(np.array(places[start : start + 8]) - places[start], axis=1).max()
+        assert reached > 10.0, f"from step {start} on it stays within {reached:.0f} pixels for 0.8 s"
 
 
 def test_the_same_start_gives_the_same_actions_bit_for_bit(env: Any) -> None:
