@@ -36,7 +36,7 @@ def test_a_gradient_is_the_difference_quotient() -> None:
     step = 1e-2
     quotient = (Mish()(x + step) - Mish()(x - step)) / (2 * step)
     _, gradient = values_and_gradients(Mish(), x)
-    torch.testing.assert_close(gradient / torch.arange(50).clamp_min(1), quotient * (torch.arange(50) > 0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gradient, quotient * torch.arange(50), atol=5e-2, rtol=1e-3)
 
 
 def test_extremes_stay_finite() -> None:
