@@ -55,6 +55,8 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     environment = make()
     if not 0 <= config.disturbance < float("inf"):
         raise InputError(f"disturbance={config.disturbance} must be 0 or more, a share of the distance asked for")
+    if not 0 <= config.midway <= 1:
+        raise InputError(f"midway={config.midway} must be between 0 and 1, a share of the episodes")
     if not hasattr(environment, "make_expert"):
         raise InputError(f"env={environment.name} has no scripted expert: the environments that have one: pusht")
     root = folder / "dataset"
@@ -68,6 +70,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     about = {
         "env": dict(config.env),
         "seed": config.seed,
+        "midway": config.midway,
         "disturbance": config.disturbance,
         "version": __version__,
     }
@@ -79,6 +82,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
             attempts,
             episodes=config.episodes,
             seeds=seeds,
+            midway=config.midway,
             disturbance=config.disturbance,
             num_workers=workers,
         )
@@ -95,7 +99,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
         task=environment.task,
         version=__version__,
         done=DISTURBED.format(config.disturbance) if config.disturbance else UNDISTURBED,
-        arguments=" ".join(f"{key}={getattr(config, key)}" for key in ("episodes", "seed", "disturbance")),
+        arguments=" ".join(f"{key}={getattr(config, key)}" for key in ("episodes", "seed", "midway", "disturbance")),
     )
     recordings = (attempts.read(number) for number in numbers)
     write_dataset(root, recordings, repo_id=config.repo_id, fps=environment.fps, task=environment.task, readme=readme)

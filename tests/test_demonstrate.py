@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from getiaction.simulation.demonstrations import DONE, REWARD, SUCCESS, Attempts, collect, demonstrate
+from getiaction.simulation.environment import Step
 from getiaction.simulation.pusht import OBS_IMAGE, OBS_STATE, PushT
 
 PATIENCE = 240  # seconds
@@ -42,7 +43,7 @@ def rows(folder: Path) -> dict[str, np.ndarray]:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of two demonstrations, made in this machine's processes."""
     folder = tmp_path_factory.mktemp("demonstrate") / "run"
-    finished = run(folder, "episodes=2", "seed=3", "num_workers=2")
+    finished = run(folder, "episodes=2", "seed=3", "midway=0.5", "num_workers=2")
     assert finished.returncode == 0, finished.stderr
     assert "dataset.root=" in finished.stderr + finished.stdout
     return folder
@@ -83,12 +84,41 @@ def test_a_disturbed_expert_comes_back_and_its_wish_is_what_is_recorded() -> Non
     assert (again["action"] == disturbed["action"]).all()
 
 
+def test_a_share_of_the_episodes_starts_midway() -> None:
+    """There the agent is at the block: within 70 pixels of it, where gym-pusht's own starts seldom put it."""
+    own, midway = (demonstrate(PushT(), 7, 0, midway=share) for share in (0.0, 1.0))
+    assert own is not None
+    assert midway is not None
+    assert (own[OBS_STATE][0] != midway[OBS_STATE][0]).any()
+    environment = PushT()
+    environment.reset_midway(7)
+    assert (environment.observe([OBS_STATE])[OBS_STATE] == midway[OBS_STATE][0]).all()
+    half = [np.random.default_rng([start, 1]).random() < 0.5 for start in range(12)]
+    assert 0 < sum(half) < 12
+    for start, expected in enumerate(half):
+        frames = demonstrate(StartOnly(), start, 0, midway=0.5)
+        assert frames is not None
+        environment.reset_midway(start) if expected else environment.reset(start)
+        assert (frames[OBS_STATE][0] == environment.observe([OBS_STATE])[OBS_STATE]).all()
+
+
+class StartOnly(PushT):
+    """Succeeds at once."""
+
+    def __init__(self) -> None:
+        super().__init__(max_steps=1)
+        self.observation_shapes = {OBS_STATE: (2,)}
+
+    def step(self, action: np.ndarray) -> Step:
+        return Step(1.0, True, {"coverage": 1.0})
+
+
 def test_an_attempt_that_runs_out_of_time_is_none() -> None:
     assert demonstrate(PushT(max_steps=5), 5, 0) is None
 
 
 def test_the_first_that_succeed_are_taken_whoever_is_faster(tmp_path: Path) -> None:
-    make = partial(PushT, max_steps=80)  # some starts are too far for that
+    make = partial(PushT, max_steps=50)  # some starts are too far for that
     found = {}
     for workers in (0, 2):
         attempts = Attempts(tmp_path / str(workers), {"workers": workers})
@@ -97,6 +127,7 @@ def test_the_first_that_succeed_are_taken_whoever_is_faster(tmp_path: Path) -> N
             attempts,
             episodes=3,
             seeds=lambda number: (number, 0),
+            midway=0.0,
             disturbance=0.0,
             num_workers=workers,
         )
@@ -122,7 +153,7 @@ def test_lerobot_opens_the_dataset_and_sees_what_was_recorded(recorded: Path) ->
 
 def test_the_folder_says_what_made_it(recorded: Path) -> None:
     text = (recorded / "dataset" / "README.md").read_text()
-    assert "python -m getiaction.demonstrate env=pusht episodes=2 seed=3" in text
+    assert "python -m getiaction.demonstrate env=pusht episodes=2 seed=3 midway=0.5" in text
     assert "asked for, and what was done" in text  # nothing disturbed it
     assert not (recorded / "attempts").exists()
 
@@ -133,7 +164,9 @@ def test_the_folder_says_what_made_it(recorded: Path) -> None:
 def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(folder, "episodes=2", "seed=3", "num_workers=0"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command(folder, "episodes=2", "seed=3", "midway=0.5", "num_workers=0"),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + PATIENCE
     while not (folder / "attempts" / "000000.npz").exists():
@@ -149,7 +182,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_pa
     assert "give another output_dir" in other.stderr
     attempts = Attempts(folder / "attempts", json.loads((folder / "attempts" / "about.json").read_text()))
     assert attempts.path(0).stat().st_mtime_ns == kept
-    assert run(folder, "episodes=2", "seed=3", "num_workers=0").returncode == 0
+    assert run(folder, "episodes=2", "seed=3", "midway=0.5", "num_workers=0").returncode == 0
     once, again = rows(recorded), rows(folder)
     assert all((once[key] == again[key]).all() for key in once)
 
@@ -161,6 +194,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_pa
     ("override", "message"),
     [
         ("episodes=0", "episodes=0 must be a whole number of at least 1"),
+        ("midway=1.5", "midway=1.5 must be between 0 and 1"),
         ("disturbance=-1", "disturbance=-1.0 must be 0 or more"),
         ("env=none", "there is no simulator"),
         ("env=pushy", "env=pushy does not exist: did you mean pusht?"),

@@ -180,6 +180,7 @@ class DemonstrateConfig:
     env: dict[str, Any] = MISSING
     episodes: int = MISSING
     seed: int = MISSING
+    midway: float = MISSING
     disturbance: float = MISSING
     num_workers: int | None = MISSING
     repo_id: str = MISSING

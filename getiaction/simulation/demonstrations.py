@@ -30,7 +30,9 @@ Frames = dict[str, np.ndarray]
 """Key -> one row for each step (L, ...): observations, `action`, `next.reward`, `next.success`, `next.done`."""
 
 
-def demonstrate(environment: Demonstrable, start: int, seed: int, disturbance: float = 0.0) -> Frames | None:
+def demonstrate(
+    environment: Demonstrable, start: int, seed: int, *, midway: float = 0.0, disturbance: float = 0.0
+) -> Frames | None:
     """Record one attempt; None if it does not succeed in time.
 
     The recording goes on after success while the expert still improves: a policy that stops just short of the goal
@@ -41,12 +43,16 @@ def demonstrate(environment: Demonstrable, start: int, seed: int, disturbance: f
         environment: observed in full, pictures included.
         start: seed of the start state.
         seed: of the expert and the disturbance.
+        midway: share of the starts that are in the middle of the task; the others are the environment's own.
         disturbance: standard deviation of the noise, as a share of the distance that is asked for: fine work is left
             alone. It drifts, so that it does not cancel out.
     """
     expert, keys = environment.make_expert(seed), list(environment.observation_shapes)
     draw, noise = np.random.default_rng(seed), np.zeros(environment.action_dim)
-    environment.reset(start)
+    if np.random.default_rng([start, 1]).random() < midway:
+        environment.reset_midway(start)
+    else:
+        environment.reset(start)
     expert.reset()
     rows: list[dict[str, np.ndarray]] = []
     steps: list[Step] = []
@@ -115,10 +121,16 @@ class Attempts:
 
 
 def attempt(
-    make: Callable[[], Demonstrable], attempts: Attempts, number: int, start: int, seed: int, disturbance: float
+    make: Callable[[], Demonstrable],
+    attempts: Attempts,
+    number: int,
+    start: int,
+    seed: int,
+    midway: float,
+    disturbance: float,
 ) -> bool:
     """Make and keep one attempt; runs in a process of its own."""
-    return attempts.keep(number, demonstrate(make(), start, seed, disturbance))
+    return attempts.keep(number, demonstrate(make(), start, seed, midway=midway, disturbance=disturbance))
 
 
 def collect(
@@ -127,6 +139,7 @@ def collect(
     *,
     episodes: int,
     seeds: Callable[[int], tuple[int, int]],
+    midway: float,
     disturbance: float,
     num_workers: int,
 ) -> tuple[list[int], int]:
@@ -137,7 +150,7 @@ def collect(
         attempts: what was tried already is not tried again.
         episodes: how many successes to collect.
         seeds: number of an attempt -> (seed of its start, seed of its expert).
-        disturbance: see `demonstrate`.
+        midway, disturbance: see `demonstrate`.
         num_workers: processes; 0 is this one.
 
     Raises:
@@ -160,7 +173,9 @@ def collect(
                 raise RuntimeError(f"only {len(good)} of {len(known)} attempts succeeded: the expert cannot do this")
             while len(running) < max(num_workers, 1):
                 if attempts.succeeded(following) is None:
-                    running[submit(attempt, make, attempts, following, *seeds(following), disturbance)] = following
+                    running[submit(attempt, make, attempts, following, *seeds(following), midway, disturbance)] = (
+                        following
+                    )
                 following += 1
                 if attempts.succeeded(following - 1) is not None:
                     break  # made before, or at once in this process: count it

@@ -77,5 +77,8 @@ class Demonstrable(Environment, Protocol):
     def position(self) -> np.ndarray:
         """Return where the robot is (Da,), in units of the action."""
 
+    def reset_midway(self, seed: int) -> None:
+        """Start in the middle of the task: the same seed, the same start."""
+
     def make_expert(self, seed: int) -> Expert:
         """Return a new expert; the same seed, the same behaviour."""

@@ -15,6 +15,7 @@ import numpy as np
 from getiaction.keys import OBS_ENV_STATE, OBS_STATE
 from getiaction.simulation.environment import Observation, Step
 from getiaction.simulation.pusht_expert import PushTExpert
+from getiaction.simulation.pusht_starts import as_reset_state, draw_midway
 
 OBS_IMAGE = "observation.image"
 WORLD = 512  # pixels of the square world; positions and actions are in these
@@ -69,8 +70,12 @@ class PushT:
         self.simulator.reset(seed=seed)
 
     def reset_to(self, state: Sequence[float]) -> None:
-        """Start from a state: agent x, y, block x, y (world pixels), angle (radians)."""
+        """Start from a state, as gym-pusht does: agent x, y, block x, y before its turn (pixels), angle (radians)."""
         self.simulator.reset(seed=0, options={"reset_to_state": list(state)})
+
+    def reset_midway(self, seed: int) -> None:
+        """Start with the agent at the block, which is anywhere, or nearly at its goal."""
+        self.reset_to(as_reset_state(draw_midway(np.random.default_rng(seed))))
 
     def step(self, action: np.ndarray) -> Step:
         """Move the agent's target to `action`, x, y in world pixels, for 0.1 s."""

@@ -40,6 +40,14 @@ def to_block(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
     return rotate(-pose[..., 2], points - pose[..., :2])
 
 
+def block_distance(points: np.ndarray) -> np.ndarray:
+    """Return the distances (...) of points (..., 2) of the block's frame to the block, 0 inside it."""
+    boxes = np.array([[(-60.0, 0.0), (60.0, 30.0)], [(-15.0, 30.0), (15.0, 120.0)]])
+    low, high = boxes[:, 0], boxes[:, 1]  # (2, 2)
+    outside = np.maximum(np.maximum(low - points[..., None, :], points[..., None, :] - high), 0.0)  # (..., 2, 2)
+    return np.linalg.norm(outside, axis=-1).min(-1)
+
+
 @dataclass(frozen=True)
 class Contacts:
     """Places to push at, each with the motion that it gives the block.

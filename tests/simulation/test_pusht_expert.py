@@ -7,11 +7,23 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import shapely
+from gym_pusht.envs.pusht import pymunk_to_shapely
 
 from getiaction.simulation.pusht import PushT
 from getiaction.simulation.pusht_expert import PushTExpert
-from getiaction.simulation.pusht_geometry import CENTROID, GOAL, OUTLINE, is_free, step_back, to_block, to_world
+from getiaction.simulation.pusht_geometry import (
+    CENTROID,
+    GOAL,
+    OUTLINE,
+    block_distance,
+    is_free,
+    step_back,
+    to_block,
+    to_world,
+)
 from getiaction.simulation.pusht_planner import CLOSE, Planner, misfit
+from getiaction.simulation.pusht_starts import as_reset_state, draw_midway
 
 HUMAN_STEP_99, HUMAN_GAP_99 = 40.4, 73.5  # pixels, of lerobot/pusht_keypoints
 
@@ -53,6 +65,24 @@ def test_outline_and_goal_are_those_of_gym_pusht(env: Any) -> None:
     np.testing.assert_allclose(env.block.center_of_gravity, (0, 45))
     assert env.block.moment == pytest.approx(3000)
     np.testing.assert_allclose(to_block(pose, to_world(pose, CENTROID)), CENTROID, atol=1e-9)
+
+
+def test_midway_starts_have_the_agent_at_the_block_and_both_inside_the_walls(env: Any) -> None:
+    rng, near = np.random.default_rng(0), 0
+    for _ in range(100):
+        agent_x, agent_y, *pose = start = draw_midway(rng)
+        env.reset(options={"reset_to_state": as_reset_state(start)})
+        np.testing.assert_allclose(state_of(env)[4:], pose, atol=1e-6)
+        np.testing.assert_allclose(env.agent.position, (agent_x, agent_y), atol=0.01)  # nothing pushed it away
+        block, agent = pymunk_to_shapely(env.block, env._block_shapes), shapely.Point(agent_x, agent_y)
+        assert 15 < block.distance(agent) < 70
+        np.testing.assert_allclose(
+            block_distance(to_block(np.array(pose), np.array([agent_x, agent_y]))), block.distance(agent), atol=0.05
+        )
+        assert block.bounds[0] > 15
+        assert block.bounds[3] < 497
+        near += bool(np.linalg.norm(np.array(pose[:2]) - GOAL[:2]) < 60)
+    assert 20 < near < 60
 
 
 @pytest.mark.parametrize("contact", range(0, 60, 5))
