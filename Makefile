@@ -1,14 +1,14 @@
 # Two commands on a fresh machine: `make train` sets up and trains, `make test` sets up and runs the tests.
 #   make train PRESET=pusht_fast ARGS="seed=1 training.max_steps=200"
-PRESET ?= pusht_cpu
+PRESET ?= pusht_laptop
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-# Until the project has demonstrations of its own: the ones in the shared folder where it is, else the Hub's.
-DEMOS := $(wildcard ../shared/data/$(if $(filter pusht_keypoints,$(PRESET)),pusht_keypoints,pusht))
-OWN := $(findstring dataset,$(ARGS))$(findstring resume,$(ARGS))
-ROOT := $(if $(OWN),,$(if $(and $(DEMOS),$(filter pusht_%,$(PRESET))),dataset.root=$(DEMOS)))
+# PushT presets learn from the demonstrations in the box, unless ARGS name others.
+OWN := $(findstring dataset,$(ARGS))$(findstring resume,$(ARGS))$(filter pusht_laptop,$(PRESET))
+DEMO := $(if $(filter pusht_keypoints,$(PRESET)),pusht_demo_keypoints,pusht_demo)
+DATA := $(if $(OWN),,$(if $(filter pusht_%,$(PRESET)),dataset=$(DEMO)))
 
 # The first Python >= 3.12 with a venv module, .python-version's (pyenv obeys it) before others.
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python; do \
@@ -27,8 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
-train: setup  ## Train PRESET (pusht_cpu) with ARGS.
-	$(BIN)/python -m getiaction.train +preset=$(PRESET) $(ROOT) $(ARGS)
+train: setup  ## Train PRESET (pusht_laptop) with ARGS.
+	$(BIN)/python -m getiaction.train +preset=$(PRESET) $(DATA) $(ARGS)
 
 test: setup  ## Run the tests; ARGS goes to pytest.
 	$(BIN)/python -m pytest $(ARGS)

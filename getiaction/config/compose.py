@@ -209,8 +209,9 @@ def groups_of(config_name: str) -> list[str]:
 
 
 def register_resolvers() -> None:
-    """Register the resolver that names the run folder."""
+    """Register the resolvers that name the run folder, and what comes with the package."""
     OmegaConf.register_new_resolver("getiaction_run_folder", run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("getiaction_packaged", lambda path: str(_PACKAGE / path), replace=True)
 
 
 def run_folder(name: str, resume: Any) -> str:

@@ -23,7 +23,7 @@ from getiaction.simulation.pusht_geometry import (
 )
 
 WALK_SPEED, PUSH_SPEED = 220.0, 120.0  # pixels per second
-WAY_SPEED = 150.0  # pixels per second that a walk is expected to make in all, corners and both ends included
+WAY_SPEED = 75.0  # pixels per second that plans count on: half of what it makes, so that near contacts win clearly
 SWITCH_TIME = 0.5  # seconds that a change of contact costs besides the way
 LOYALTY = 0.3  # seconds by which another contact must be better than the one that the agent is walking to
 TOUCHING = 6.0  # pixels from a contact within which the agent has arrived

@@ -132,14 +132,15 @@ def test_every_key_of_the_tree_has_a_line_of_documentation(path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_trains_two_steps_at_full_size(preset: str, request: pytest.FixtureRequest, scratch: Path) -> None:
-    aloha, keypoints = preset == "aloha", preset == "pusht_keypoints"
+    aloha, keypoints = preset == "aloha", preset in ("pusht_keypoints", "pusht_laptop")
     names = {"aloha": "aloha_root", "pusht_keypoints": "pusht_keypoints_root"}
-    root = request.getfixturevalue(names.get(preset, "pusht_root"))
+    boxed = preset == "pusht_laptop"  # its data come with the package
+    data = [] if boxed else [f"dataset.root={request.getfixturevalue(names.get(preset, 'pusht_root'))}"]
     small = ["training.batch_size=2", "training.max_steps=2", "training.log_every=1", "hardware.num_processes=1"]
     small += ["validation.max_samples=2", "validation.max_sampled=2"]
     small += ["evaluation.final_episodes=1", "env.max_steps=8"] if keypoints else ["backbone.weights=null"]
     small += [] if aloha else ["dataset.episodes=[0,1]"]
-    config = compose([f"+preset={preset}", f"dataset.root={root}", *small])
+    config = compose([f"+preset={preset}", *data, *small])
     metrics = train(config, scratch / "run")
     assert 0.1 < metrics["loss"] < 10
     assert 0.1 < metrics["val_loss"] < 10
