@@ -5,10 +5,12 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-# PushT presets learn from the demonstrations in the box, unless ARGS name others.
-OWN := $(findstring dataset,$(ARGS))$(findstring resume,$(ARGS))$(filter pusht_laptop,$(PRESET))
-DEMO := $(if $(filter pusht_keypoints,$(PRESET)),pusht_demo_keypoints,pusht_demo)
-DATA := $(if $(OWN),,$(if $(filter pusht_%,$(PRESET)),dataset=$(DEMO)))
+# These presets learn from the demonstrations in the box, unless ARGS name other data, or a run to go on with.
+BOXED := pusht_basic pusht_advanced pusht_fast pusht_cpu pusht_multigpu
+DEMO := $(if $(filter $(BOXED),$(PRESET)),pusht_demo)$(if $(filter pusht_keypoints,$(PRESET)),pusht_demo_keypoints)
+OWN := $(filter dataset=% dataset.root=% dataset.repo_id=%,$(ARGS)) \
+	$(filter-out %=null %=false,$(filter training.resume=%,$(ARGS)))
+DATA := $(if $(DEMO),$(if $(strip $(OWN)),,dataset=$(DEMO)))
 
 # The first Python >= 3.12 with a venv module, .python-version's (pyenv obeys it) before others.
 PYTHON ?= $(shell for python in python3.12 python3 python3.13 python; do \

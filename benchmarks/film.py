@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 SIDE, GAP = 180, 6  # pixels of one film, and between two
 EVERY = 2  # frames: one is kept
 COLOURS = 32
-FRAME_MS = 50
+FRAME_MS = 100
 
 
 def read(path: Path) -> list[Image.Image]:

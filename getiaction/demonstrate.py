@@ -18,8 +18,8 @@ README = """# Demonstrations by a script
 
 {episodes} episodes, {frames} frames at {fps} Hz: {task}
 
-Recorded by the scripted expert of getiaction {version}, which succeeded in {episodes} of {attempts} attempts;
-the others are left out. The same command makes the same episodes again:
+Recorded by the scripted expert (version {expert}) of getiaction {version}, which succeeded in
+{episodes} of {attempts} attempts; the others are left out. The same command makes the same episodes again:
 
     python -m getiaction.demonstrate env={name} {arguments}
 
@@ -73,6 +73,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
         "midway": config.midway,
         "disturbance": config.disturbance,
         "version": __version__,
+        "expert": environment.make_expert(0).version,
     }
     attempts = Attempts(folder / "attempts", about)
     workers = os.cpu_count() or 1 if config.num_workers is None else config.num_workers
@@ -98,6 +99,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
         name=environment.name,
         task=environment.task,
         version=__version__,
+        expert=about["expert"],
         done=DISTURBED.format(config.disturbance) if config.disturbance else UNDISTURBED,
         arguments=" ".join(f"{key}={getattr(config, key)}" for key in ("episodes", "seed", "midway", "disturbance")),
     )

@@ -185,7 +185,8 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
         raise InputError(
             f"dataset.repo_id={repo_id} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local "
-            "folder with dataset.root=<folder>"
+            "folder with dataset.root=<folder>, or take the demonstrations in the box: dataset=pusht_demo, or for "
+            "keypoints dataset=pusht_demo_keypoints"
         ) from error
     return read_metadata(Path(found.root), repo_id, str(found.revision))
 

@@ -19,8 +19,8 @@ class Mish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (...) to (...)."""
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-            return functional.mish(x)
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+            return functional.mish(x)  # a compiler fuses it itself, and its gradients of ours come out as 0
         return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish(x.float())[0].to(x.dtype)
 
 
@@ -30,12 +30,15 @@ class _Mish(torch.autograd.Function):
         x32 = x.float()
         y, gate, sigmoid, rest, inverse = _mish(x32)
         slope = torch.add(gate, rest.mul_(inverse).square_().mul_(sigmoid).mul_(x32), alpha=4)
-        ctx.save_for_backward(slope.to(x.dtype))
+        ctx.save_for_backward(x, slope.to(x.dtype))
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
+        x, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: the same slope, from x
+            gate = functional.softplus(x).tanh()
+            slope = gate + x * (1 - gate * gate) * x.sigmoid()
         return gradients[0] * slope
 
 

@@ -52,6 +52,9 @@ class Environment(Protocol):
 class Expert(Protocol):
     """A script that knows how to do the task; it sees the whole state."""
 
+    version: int
+    """Another number, other motions: recordings of two versions do not mix."""
+
     def reset(self) -> None:
         """Start an episode."""
 

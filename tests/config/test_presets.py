@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -84,6 +85,41 @@ def test_preset_has_the_values_of_the_table(preset: str) -> None:
     column = COLUMNS.index(preset)
     assert {key: look_up(config, key) for key in TABLE} == {key: row[column] for key, row in TABLE.items()}
     assert config.name == preset
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("pusht_")])
+def test_a_pusht_preset_takes_the_demonstrations_in_the_box(preset: str) -> None:
+    seen = "_keypoints" if preset in ("pusht_keypoints", "pusht_laptop") else ""
+    dataset = compose([f"+preset={preset}", f"dataset=pusht_demo{seen}"]).dataset
+    assert (Path(str(dataset.root)) / "meta/info.json").exists()
+    assert dataset.observations == ["observation.state", f"observation.{'environment_state' if seen else 'image'}"]
+
+
+MAKE = {  # what follows `make train` -> the data that it names
+    "PRESET=pusht_laptop": None,
+    "PRESET=pusht_cpu": "dataset=pusht_demo",
+    "PRESET=pusht_keypoints": "dataset=pusht_demo_keypoints",
+    "PRESET=pusht_cpu ARGS=dataset.episodes=[0,1]": "dataset=pusht_demo",
+    "PRESET=pusht_cpu ARGS=output_dir=/tmp/datasets": "dataset=pusht_demo",
+    "PRESET=pusht_cpu ARGS=training.resume=false": "dataset=pusht_demo",
+    "PRESET=pusht_cpu ARGS=training.resume=true": None,
+    "PRESET=pusht_cpu ARGS=dataset.root=/data": "dataset.root=/data",
+    "PRESET=aloha": None,
+    "PRESET=pusht_mine": None,
+}
+
+
+@pytest.mark.parametrize("arguments", MAKE)
+def test_make_train_names_the_data_unless_told_otherwise(arguments: str) -> None:
+    shown = subprocess.run(
+        ["make", "--dry-run", "train", *arguments.split()],
+        cwd=CONF_DIR.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = [word for word in shown.stdout.split() if word.startswith(("dataset=", "dataset.root="))]
+    assert words == ([MAKE[arguments]] if MAKE[arguments] else [])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

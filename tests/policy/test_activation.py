@@ -43,3 +43,20 @@ def test_extremes_stay_finite() -> None:
     y, gradient = values_and_gradients(Mish(), torch.tensor([-1e30, -500.0, 0.0, 500.0, 1e30]))
     assert y.tolist() == pytest.approx([0, 0, 0, 500, 1e30])
     assert gradient.isfinite().all()
+
+
+def test_the_second_derivative_is_pytorchs() -> None:
+    x = torch.linspace(-5, 5, 41)
+    found = []
+    for module in (Mish(), nn.Mish()):
+        point = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(module(point).sum(), point, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), point)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_compiled_it_has_the_same_gradient() -> None:
+    x = torch.linspace(-3, 3, 7)
+    compiled = torch.compile(Mish(), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(values_and_gradients(compiled, x), values_and_gradients(nn.Mish(), x), strict=True):
+        torch.testing.assert_close(ours, theirs)
