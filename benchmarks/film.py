@@ -20,7 +20,7 @@ FRAME_MS = 100
 
 def read(path: Path) -> list[Image.Image]:
     """Return the frames that are kept, the last among them, with the film's name."""
-    label = " ".join(path.stem.split("_")[:1])
+    label = path.stem.split("_")[0]
     with av.open(str(path)) as film:
         frames = [frame.to_image().resize((SIDE, SIDE), Image.Resampling.LANCZOS) for frame in film.decode(video=0)]
     kept = [*frames[:-1:EVERY], frames[-1]]

@@ -118,8 +118,8 @@ def precisions(bench: Bench) -> dict[str, Any]:
 def resumed(bench: Bench) -> dict[str, float]:
     """Train at one go, and stopped half-way; return the largest difference of the weights."""
     steps = bench.steps(200)
-    short = ["+preset=pusht_laptop", "evaluation.final_episodes=null", "lr_scheduler.name=constant", *QUIET]
-    short[-1] = f"training.save_every={steps // 2}"
+    short = ["+preset=pusht_laptop", "evaluation.final_episodes=null", "lr_scheduler.name=constant"]
+    short += [*(one for one in QUIET if "save_every" not in one), f"training.save_every={steps // 2}"]
     bench.train("whole", *short, f"training.max_steps={steps}")
     bench.train("half", *short, f"training.max_steps={steps // 2}")
     bench.train("half", f"training.resume={bench.folder / 'half'}", f"training.max_steps={steps}")

@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_pa
     process.wait()
     assert not (folder / "dataset").exists()
     kept = (folder / "attempts" / "000000.npz").stat().st_mtime_ns
-    other = run(folder, "episodes=2", "seed=4", "num_workers=0")
+    other = run(folder, "episodes=2", "seed=4", "midway=0.5", "num_workers=0")
     assert other.returncode == 2
     assert "give another output_dir" in other.stderr
     attempts = Attempts(folder / "attempts", json.loads((folder / "attempts" / "about.json").read_text()))

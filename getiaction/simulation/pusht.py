@@ -115,7 +115,7 @@ class PushT:
         return np.array([*agent.position, *agent.velocity, *block.position, block.angle])
 
     def make_expert(self, seed: int) -> PushTExpert:
-        """Return the scripted expert, which plans its pushes in a copy of the simulator."""
+        """Return the scripted expert."""
         return PushTExpert(seed=seed)
 
     def render(self, size: int) -> np.ndarray:
