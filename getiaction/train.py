@@ -62,7 +62,7 @@ def run_hydra_job(config: Config) -> float | None:
 
     runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
-    if config.training.resume not in (None, False):
+    if config.resumes:
         config = resumed_config(config, list(runtime.overrides.task), folder)
     if must_launch(config):
         return launch_processes(config, folder)

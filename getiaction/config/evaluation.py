@@ -19,7 +19,7 @@ from torch import Tensor
 from getiaction.config.build import build_group
 from getiaction.config.schema import EvaluateConfig
 from getiaction.errors import InputError
-from getiaction.interop.lerobot import describe
+from getiaction.interop.description import describe
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
 from getiaction.report.evaluation import draw_sheet, film, write_numbers

@@ -40,7 +40,7 @@ def check_folder(config: Config, folder: Path) -> None:
     Raises:
         InputError: `folder` holds a run, and this one does not resume it.
     """
-    if config.training.resume in (None, False) and (folder / "checkpoints").exists():
+    if not config.resumes and (folder / "checkpoints").exists():
         raise InputError(
             f"output_dir={folder} already holds a run, which a new one would overwrite: go on with it by "
             f"training.resume={folder}, or give another output_dir"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from getiaction.config.compose import to_config
 from getiaction.config.schema import Config
@@ -51,9 +52,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
     saved = OmegaConf.create(dict(yaml.safe_load(path.read_text())))
     now = OmegaConf.structured(config)
-    for key in now:
-        if key not in saved:  # a run of an older version
-            saved[key] = now[key]
+    fill_new_keys(saved, now)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "output_dir":
@@ -75,6 +74,15 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
             log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
         OmegaConf.update(saved, key, value, force_add=True)
     return to_config(saved, "train", Config)
+
+
+def fill_new_keys(saved: DictConfig, now: DictConfig) -> None:
+    """Give the config of a run that an older version started the keys that it did not have."""
+    for key in now:
+        if key not in saved:
+            saved[key] = now[key]
+        elif is_dataclass(OmegaConf.get_type(now, str(key))):  # not the open groups: what they hold is their choice
+            fill_new_keys(saved[key], now[key])
 
 
 def plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ from getiaction.config.build import (
     observation_keys,
 )
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
+from getiaction.config.fine_tuning import check_init_from, start_from
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
@@ -33,11 +34,12 @@ from getiaction.data.episodes import Episodes
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.data.statistics import compute_statistics, split_episodes
 from getiaction.data.windows import Windows
-from getiaction.interop.lerobot import WEIGHTS, load_file, not_for_lerobot, write_policy
+from getiaction.interop.lerobot import write_policy
+from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
 from getiaction.simulation.evaluation import Crowd, Stopped
-from getiaction.training.checkpoint import PRETRAINED, CheckpointStore, point_last_at, read_state
+from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
@@ -122,8 +124,9 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     Raises:
         InputError: the data cannot be read, or are not those of the run that resumes.
     """
-    resuming = config.training.resume not in (None, False)
-    if config.uses_images and not resuming:
+    resuming = config.resumes
+    fetches = not resuming and config.training.init_from is None
+    if config.uses_images and fetches:
         fetch_weights(config)
     store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=config.training.keep_checkpoints)
     checkpoint = store.newest(log.warning) if resuming else None
@@ -132,7 +135,9 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     episodes = load_data(config, metadata, accelerator)
     train_indices, val_indices = split(config, episodes.indices.tolist())
     statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats)
-    policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=not resuming)
+    policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=fetches)
+    if not resuming:
+        start_from(config, policy)
     if reasons := not_for_lerobot(policy):
         log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
     policy = place(policy, config.hardware, accelerator)
@@ -167,7 +172,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         data=data,
     )
     if checkpoint and state:
-        resume(trainer, state, load_file(checkpoint / PRETRAINED / WEIGHTS))
+        resume(trainer, state, read_average(checkpoint))
         if accelerator.is_main_process:
             point_last_at(store.folder, checkpoint.name)  # a kill may have come before
         done = ": nothing is left to do" if state.step >= plan.max_steps else ""
@@ -257,7 +262,9 @@ def check_buildable(config: Config, metadata: DatasetMetadata) -> None:
     chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
     split(config, list(chosen))
     features = build_features(config, metadata)
-    build_policy(config, features, {}, fetch_weights=False, device="meta")
+    policy = build_policy(config, features, {}, fetch_weights=False, device="meta")
+    if not config.resumes:
+        check_init_from(config, policy)
     if config.evaluates:
         check_environment(build_environment(config.env), features)
     build_lr_scheduler(config, build_optimizer(config, [nn.Parameter(torch.zeros(1))]), 1)

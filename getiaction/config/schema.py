@@ -69,6 +69,7 @@ class TrainingConfig:
     log_every: int = MISSING
     save_every: int | None = MISSING
     keep_checkpoints: int | None = MISSING
+    init_from: str | None = MISSING
     resume: Any = MISSING
 
 
@@ -135,6 +136,11 @@ class Config:
     hardware: HardwareConfig = MISSING
     tracker: TrackerConfig = MISSING
     sweep_metric: str = MISSING
+
+    @property
+    def resumes(self) -> bool:
+        """Tell whether this run goes on with one that exists."""
+        return self.training.resume not in (None, False)
 
     @property
     def evaluates(self) -> bool:

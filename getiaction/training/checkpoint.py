@@ -157,6 +157,11 @@ def read_state(path: Path) -> TrainingState:
     )
 
 
+def read_average(path: Path) -> dict[str, Tensor]:
+    """Read the averaged weights of a checkpoint folder."""
+    return load_file(path / PRETRAINED / WEIGHTS)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; floats keep every bit."""
     path.write_text(json.dumps(content, indent=1))

@@ -20,17 +20,10 @@ from torch import Tensor
 from getiaction.config.build import build_policy
 from getiaction.config.compose import compose
 from getiaction.errors import InputError
-from getiaction.interop.lerobot import (
-    CONFIG,
-    EXTRA,
-    PREPROCESSOR_STATE,
-    WEIGHTS,
-    crop_ratio,
-    describe,
-    load_policy,
-    not_for_lerobot,
-    write_policy,
-)
+from getiaction.interop.description import describe
+from getiaction.interop.layout import CONFIG, EXTRA, PREPROCESSOR_STATE, WEIGHTS
+from getiaction.interop.lerobot import load_policy, write_policy
+from getiaction.interop.lerobot_files import crop_ratio, not_for_lerobot
 from getiaction.policy import DiffusionPolicy, Features, ImageEncoder
 
 KEYPOINTS = Features(action_dim=2, state_dim=2, env_state_dim=16)
@@ -208,10 +201,9 @@ def written(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [EXTRA, PREPROCESSOR_STATE])
-def test_a_missing_file_is_named(written: Path, name: str) -> None:
-    (written / name).unlink()
-    with pytest.raises(InputError, match=f"pretrained_model is no policy folder of getiaction: it has no {name}$"):
+def test_a_missing_file_is_named(written: Path) -> None:
+    (written / PREPROCESSOR_STATE).unlink()
+    with pytest.raises(InputError, match=f"pretrained_model is not whole: it has no {PREPROCESSOR_STATE}; copy"):
         load_policy(written)
 
 
@@ -231,7 +223,7 @@ def test_only_schedulers_of_diffusers_are_built(written: Path, name: str) -> Non
     described = read(written / EXTRA)
     described["scheduler"]["class"] = name
     (written / EXTRA).write_text(json.dumps(described))
-    with pytest.raises(InputError, match=f"getiaction.json names the scheduler {name}, which diffusers"):
+    with pytest.raises(InputError, match=f"the policy names the scheduler {name}, which diffusers"):
         load_policy(written)
 
 
@@ -239,5 +231,5 @@ def test_weights_that_do_not_fit_are_refused(written: Path) -> None:
     described = read(written / EXTRA)
     described["unet"]["down_dims"] = [16, 64]
     (written / EXTRA).write_text(json.dumps(described))
-    with pytest.raises(InputError, match=r"model\.safetensors does not fit getiaction\.json"):
+    with pytest.raises(InputError, match=r"model\.safetensors do not fit their policy\. \d+ of another shape: diff"):
         load_policy(written)

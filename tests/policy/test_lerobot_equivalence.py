@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from getiaction.config.build import build_policy
 from getiaction.config.compose import CONF_DIR, compose
 from getiaction.config.schema import Config
-from getiaction.interop.lerobot import not_for_lerobot, write_policy
+from getiaction.interop.lerobot import write_policy
+from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.policy import DiffusionPolicy, Features
 
 Batch = dict[str, Tensor]

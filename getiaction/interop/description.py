@@ -1,0 +1,83 @@
+"""Describe a policy as plain JSON, `getiaction.json`, and build it again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import diffusers
+
+from getiaction.errors import InputError
+from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, ImageEncoder, Normalizer
+from getiaction.policy.normalizer import Statistics
+
+
+def describe(policy: DiffusionPolicy) -> dict[str, Any]:
+    """Return all that `build` needs to build this policy again, as plain JSON."""
+    features, unet = policy.features, policy.diffusion.unet
+    encoder = policy.encoders[0] if policy.encoders else None
+    scheduler = {"class": type(policy.noise_scheduler).__name__, "config": json_only(policy.noise_scheduler.config)}
+    return {
+        "features": {
+            "action_dim": features.action_dim,
+            "state_dim": features.state_dim,
+            "env_state_dim": features.env_state_dim,
+            "cameras": {key: list(shape) for key, shape in features.cameras.items()},
+        },
+        "normalization": policy.normalizer.modes,
+        "scheduler": scheduler,
+        "encoder": None
+        if encoder is None
+        else {
+            "resnet": encoder.resnet,
+            "norm": encoder.norm,
+            "resize_shape": encoder.resize_shape,
+            "crop_shape": encoder.crop_shape,
+            "crop_is_random": encoder.crop_is_random,
+            "num_keypoints": encoder.num_keypoints,
+        },
+        "unet": {
+            "down_dims": unet.down_dims,
+            "kernel_size": unet.kernel_size,
+            "n_groups": unet.n_groups,
+            "diffusion_step_embed_dim": unet.diffusion_step_embed_dim,
+            "use_film_scale_modulation": unet.use_film_scale_modulation,
+            "gradient_checkpointing": unet.gradient_checkpointing,
+        },
+        "policy": {
+            "n_obs_steps": policy.n_obs_steps,
+            "horizon": policy.horizon,
+            "n_action_steps": policy.n_action_steps,
+            "num_inference_steps": policy.num_inference_steps,
+            "use_separate_rgb_encoder_per_camera": policy.use_separate_rgb_encoder_per_camera,
+            "do_mask_loss_for_padding": policy.do_mask_loss_for_padding,
+        },
+    }
+
+
+def json_only(config: Any) -> dict[str, Any]:
+    """Return the entries of a diffusers config that are its own and plain data."""
+    plain = (int, float, str, bool, type(None), list, tuple)
+    return {key: value for key, value in dict(config).items() if isinstance(value, plain) and not key.startswith("_")}
+
+
+def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
+    """Build a policy from `describe`'s answer. Classes come from this package and diffusers' schedulers only."""
+    name = described["scheduler"]["class"]
+    scheduler_class: Any = getattr(diffusers, name, None)
+    bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
+    if not (isinstance(scheduler_class, type) and all(issubclass(scheduler_class, base) for base in bases)):
+        raise InputError(
+            f"the policy names the scheduler {name}, which diffusers {diffusers.__version__} does not have"
+        )
+    features = dict(described["features"])
+    features["cameras"] = {key: tuple(shape) for key, shape in features["cameras"].items()}
+    encoder = described["encoder"]
+    return DiffusionPolicy(
+        Features(**features),
+        normalizer=Normalizer(statistics, described["normalization"]),
+        noise_scheduler=scheduler_class.from_config(described["scheduler"]["config"]),  # type: ignore[attr-defined]
+        encoder=partial(ImageEncoder, **encoder) if encoder else None,
+        unet=partial(ConditionalUnet1d, **described["unet"]),
+        **described["policy"],
+    )

@@ -1,0 +1,279 @@
+"""Read policy folders that LeRobot wrote, today's and those of its older versions.
+
+| LeRobot | config.json | normalisation |
+| --- | --- | --- |
+| 0.4 and later | `type`, `input_features`, `output_features` | processor files, named in `policy_preprocessor.json` |
+| 2025, before that | the same | buffers among the weights, `normalize_inputs.buffer_*` |
+| 2024 | no `type`; `input_shapes`, `input_normalization_modes`, ... | the same buffers |
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from getiaction.errors import InputError
+from getiaction.interop.layout import CONFIG, EXTRA, OURS, POSTPROCESSOR, PREPROCESSOR
+from getiaction.interop.lerobot_files import FEATURE_TYPES, SCHEDULER_KEYS, SCHEDULERS
+from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
+from getiaction.policy.normalizer import EPS, MODES
+
+log = logging.getLogger(__name__)
+Named = dict[str, dict[str, Tensor]]
+
+ADDED_LATER: dict[str, Any] = {  # keys that older versions did not write, with what they did
+    "resize_shape": None,
+    "crop_ratio": 1.0,
+    "use_separate_rgb_encoder_per_camera": False,
+    "gradient_checkpointing": False,
+    "num_inference_steps": None,
+    "do_mask_loss_for_padding": False,
+}
+UNET_KEYS = (
+    "down_dims",
+    "kernel_size",
+    "n_groups",
+    "diffusion_step_embed_dim",
+    "use_film_scale_modulation",
+    "gradient_checkpointing",
+)
+POLICY_KEYS = (
+    "n_obs_steps",
+    "horizon",
+    "n_action_steps",
+    "num_inference_steps",
+    "use_separate_rgb_encoder_per_camera",
+    "do_mask_loss_for_padding",
+)
+PASSING_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
+BUFFERS = ("normalize_inputs", "normalize_targets", "unnormalize_outputs")
+STATISTICS = ("min", "max", "mean", "std")
+
+
+def read_foreign(folder: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Any], Named, dict[str, Tensor]]:
+    """Translate a folder of LeRobot's to what `description.build` takes.
+
+    Args:
+        weights: what `model.safetensors` holds.
+
+    Returns:
+        The description, the normalisation statistics, and the weights without the buffers of older versions.
+
+    Raises:
+        InputError: it is another kind of policy, or something in it has no equal here; the message names it.
+    """
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder} is no policy folder: it has neither {EXTRA} nor {CONFIG}")
+    config = Config(folder, json.loads((folder / CONFIG).read_text()))
+    config.check_type()
+    shapes = config.shapes()
+    buffers = {key: value for key, value in weights.items() if key.split(".")[0] in BUFFERS}
+    if (folder / f"{PREPROCESSOR}.json").exists():
+        modes, statistics = read_processors(folder)
+    elif buffers:
+        modes, statistics = config.modes(), read_buffers(buffers, shapes)
+    else:
+        raise InputError(
+            f"{folder} has no normalisation statistics: neither {PREPROCESSOR}.json nor buffers among the weights"
+        )
+    check_modes(modes, folder)
+    statistics = {key: in_shape(key, stats, shapes[key], folder) for key, stats in statistics.items() if key in shapes}
+    for key in shapes:
+        if modes[kind_of(key)] != "identity" and key not in statistics:
+            log.warning("warning: %s has no statistics of %s, so it is not normalised", folder, key)
+    rest = {key: value for key, value in weights.items() if key not in buffers}
+    return {**config.describe(shapes), "normalization": modes}, statistics, rest
+
+
+class Config:
+    """Hold a `config.json` of LeRobot's, and say it in our words."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder, self.content = folder, content
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.content:
+            return self.content[key]
+        if key in ADDED_LATER:
+            return ADDED_LATER[key]
+        raise InputError(f"{self.folder / CONFIG} has no {key}: it is no diffusion policy of LeRobot's")
+
+    def check_type(self) -> None:
+        """Refuse what is no diffusion policy of LeRobot's, and what is only a part of one."""
+        kind = self.content.get("type", "diffusion" if "input_shapes" in self.content else None)
+        if kind == OURS:
+            raise InputError(f"{self.folder} is not whole: it has no {EXTRA}; copy the whole folder")
+        if kind != "diffusion":
+            raise InputError(
+                f"{self.folder} holds a policy of type {kind}, which has no equal here: this package has diffusion "
+                "policies only; LeRobot itself runs that one"
+            )
+        if self.content.get("use_peft"):
+            raise InputError(f"{self.folder} holds a PEFT adapter, which has no equal here: merge it in LeRobot first")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return key -> shape of what the policy sees and does: states, cameras in their order, action."""
+        if "input_shapes" in self.content:  # 2024
+            seen = {key: tuple(shape) for key, shape in self["input_shapes"].items()}
+            done = {key: tuple(shape) for key, shape in self["output_shapes"].items()}
+        else:
+            kinds = {OBS_STATE: "STATE", OBS_ENV_STATE: "ENV", ACTION: "ACTION"}
+            seen, done = (
+                {
+                    key: tuple(feature["shape"])
+                    for key, feature in self[name].items()
+                    if feature["type"] == kinds.get(key, "VISUAL")  # LeRobot's policy passes over other states as well
+                }
+                for name in ("input_features", "output_features")
+            )
+        if list(done) != [ACTION]:
+            raise InputError(f"{self.folder / CONFIG}: the output must be {ACTION}, got {', '.join(done) or 'nothing'}")
+        if strange := [key for key, shape in seen.items() if len(shape) == 3 and not is_camera(key)]:
+            raise InputError(f"{self.folder / CONFIG}: cameras must be named observation.*, not {', '.join(strange)}")
+        if strange := [key for key, shape in seen.items() if len(shape) != 3 and is_camera(key)]:
+            raise InputError(f"{self.folder / CONFIG}: {', '.join(strange)} has no equal here: use {OBS_STATE}")
+        vectors = [key for key in (OBS_STATE, OBS_ENV_STATE) if key in seen]
+        return {key: seen[key] for key in (*vectors, *filter(is_camera, seen))} | done
+
+    def modes(self) -> dict[str, str]:
+        """Return kind -> normalisation mode, of versions without processors."""
+        if "normalization_mapping" in self.content:
+            mapping = self["normalization_mapping"]
+            return {kind: str(mapping.get(name, "IDENTITY")).lower() for kind, name in FEATURE_TYPES.items()}
+        by_key = {**self["input_normalization_modes"], **self["output_normalization_modes"]}  # 2024
+        modes = dict.fromkeys(FEATURE_TYPES, "identity")
+        for kind in modes:
+            found = {mode for key, mode in by_key.items() if kind_of(key) == kind}
+            if len(found) > 1:
+                raise InputError(f"{self.folder / CONFIG} normalises cameras in two ways, {by_key}: no equal here")
+            modes[kind] = next(iter(found), "identity")
+        return modes
+
+    def describe(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Return what `description.describe` would, but for the normalisation."""
+        names = {theirs: ours for ours, theirs in SCHEDULERS.items()}
+        if (scheduler := self["noise_scheduler_type"]) not in names:
+            raise InputError(
+                f"{self.folder / CONFIG}: noise_scheduler_type={scheduler} must be one of {', '.join(names)}"
+            )
+        cameras = {key: list(shape) for key, shape in shapes.items() if is_camera(key)}
+        sizes = {key: shape[0] for key, shape in shapes.items() if not is_camera(key)}
+        return {
+            "features": {
+                "action_dim": sizes[ACTION],
+                "state_dim": sizes.get(OBS_STATE),
+                "env_state_dim": sizes.get(OBS_ENV_STATE),
+                "cameras": cameras,
+            },
+            "scheduler": {"class": names[scheduler], "config": {key: self[key] for key in SCHEDULER_KEYS}},
+            "encoder": self.describe_encoder() if cameras else None,
+            "unet": {key: self[key] for key in UNET_KEYS},
+            "policy": {key: self[key] for key in POLICY_KEYS},
+        }
+
+    def describe_encoder(self) -> dict[str, Any]:
+        """Return the arguments of `ImageEncoder`; a ratio crops what was resized, a shape what was recorded."""
+        resize, ratio, crop = self["resize_shape"], self["crop_ratio"], self["crop_shape"]
+        if resize is not None:
+            crop = [int(side * ratio) for side in resize] if ratio < 1 else None
+        return {
+            "resnet": self["vision_backbone"],
+            "norm": "group" if self["use_group_norm"] else "batch",
+            "resize_shape": resize,
+            "crop_shape": crop,
+            "crop_is_random": self["crop_is_random"],
+            "num_keypoints": self["spatial_softmax_num_keypoints"],
+        }
+
+
+def kind_of(key: str) -> str:
+    """Return which normalisation rules `key`: "visual", "state", "env" or "action"."""
+    return {OBS_STATE: "state", OBS_ENV_STATE: "env", ACTION: "action"}.get(key, "visual")
+
+
+def read_processors(folder: Path) -> tuple[dict[str, str], Named]:
+    """Return modes and statistics from the processor files; those of the action are the postprocessor's."""
+    before, after = (read_steps(folder, name) for name in (PREPROCESSOR, POSTPROCESSOR))
+    modes, statistics = normalizer_of(folder, PREPROCESSOR, "normalizer_processor", before)
+    last_modes, last_statistics = normalizer_of(folder, POSTPROCESSOR, "unnormalizer_processor", after)
+    statistics.pop(ACTION, None)
+    if ACTION in last_statistics:
+        statistics[ACTION] = last_statistics[ACTION]
+    return {**modes, "action": last_modes["action"]}, statistics
+
+
+def read_steps(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a processor."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise InputError(f"{folder} is not whole: it has no {path.name}; copy the whole folder")
+    return json.loads(path.read_text())["steps"]
+
+
+def normalizer_of(folder: Path, name: str, kind: str, steps: list[dict[str, Any]]) -> tuple[dict[str, str], Named]:
+    """Return modes and statistics of a processor's one normaliser, refusing steps that would do something else."""
+    found = None
+    for step in steps:
+        said = step.get("registry_name") or step.get("class")
+        if said == kind and found is None:
+            found = step
+        elif said not in PASSING_STEPS:
+            raise InputError(f"{folder / name}.json has the step {said}, which has no equal here")
+        elif renames := step.get("config", {}).get("rename_map"):
+            log.warning("warning: %s renames observations (%s): give them by the new names here", folder, renames)
+    if found is None:
+        return dict.fromkeys(FEATURE_TYPES, "identity"), {}
+    config, file = found["config"], found.get("state_file")
+    if file is not None and (Path(file).name != file or not (folder / file).is_file()):
+        raise InputError(f"{folder} is not whole: {name}.json names {file}, which is not in it; copy the whole folder")
+    if config.get("eps", EPS) != EPS:
+        raise InputError(f"{folder / name}.json normalises with eps={config['eps']}, which has no equal here")
+    modes = {ours: str(config["norm_map"].get(theirs, "IDENTITY")).lower() for ours, theirs in FEATURE_TYPES.items()}
+    statistics: Named = {}
+    for flat_key, value in load_file(folder / file).items() if file else ():
+        key, statistic = flat_key.rsplit(".", 1)
+        statistics.setdefault(key, {})[statistic] = value
+    only = config.get("normalize_observation_keys")
+    kept = {key for key in statistics if key == ACTION or only is None or key in only}
+    return modes, {key: statistics[key] for key in kept & set(config["features"])}
+
+
+def read_buffers(buffers: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Named:
+    """Return the statistics that versions without processors kept among the weights, dots of keys as underscores."""
+    statistics: Named = {}
+    left = set(buffers)
+    for key in shapes:
+        under = f"buffer_{key.replace('.', '_')}"
+        for room in BUFFERS:
+            for name in [name for name in buffers if name.startswith(f"{room}.{under}.")]:
+                statistics.setdefault(key, {})[name.rsplit(".", 1)[1]] = buffers[name]
+                left.discard(name)
+    if left:
+        raise InputError(f"the weights hold statistics of what the policy does not see: {', '.join(sorted(left))}")
+    return statistics
+
+
+def check_modes(modes: Mapping[str, str], folder: Path) -> None:
+    """Refuse ways of normalising that have no equal here."""
+    if strange := {kind: mode for kind, mode in modes.items() if mode not in MODES}:
+        shown = ", ".join(f"{FEATURE_TYPES[kind]}: {mode.upper()}" for kind, mode in strange.items())
+        raise InputError(f"{folder} normalises {shown}, which has no equal here: this package has {', '.join(MODES)}")
+
+
+def in_shape(key: str, stats: Mapping[str, Tensor], shape: tuple[int, ...], folder: Path) -> dict[str, Tensor]:
+    """Return statistics in the shape that broadcasts over the feature, (D,) or (C, 1, 1)."""
+    size = (shape[0], 1, 1) if len(shape) == 3 else shape
+    kept = {name: value.float() for name, value in stats.items() if name in STATISTICS}
+    for name, value in kept.items():
+        if value.numel() != shape[0]:
+            raise InputError(f"{folder}: {name} of {key} has {value.numel()} numbers, the policy needs {shape[0]}")
+        if not torch.isfinite(value).all():
+            raise InputError(f"{folder}: {name} of {key} is not finite: this policy was never trained on data")
+    return {name: value.reshape(size) for name, value in kept.items()}
