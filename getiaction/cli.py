@@ -6,10 +6,12 @@ import difflib
 import sys
 from importlib import import_module
 
-COMMANDS = {
-    "train": "train a Diffusion Policy; arguments as in `python -m getiaction.train`",
-    "demonstrate": "record a scripted expert as a LeRobotDataset",
-    "evaluate": "roll a policy out in its simulator: score, success rate, films",
+COMMANDS = {  # name -> (module, what it does)
+    "train": ("train", "train a Diffusion Policy; arguments as in `python -m getiaction.train`"),
+    "evaluate": ("evaluate", "roll a policy out in its simulator: score, success rate, films"),
+    "demonstrate": ("demonstrate", "record a scripted expert as a LeRobotDataset"),
+    "import": ("import_policy", "open a policy of LeRobot's, of any age, and write it as one of today"),
+    "push": ("push", "push a policy to the Hugging Face Hub, with a model card"),
 }
 
 
@@ -18,7 +20,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print("usage: getiaction COMMAND [arguments]\n\ncommands:")
-        print("\n".join(f"  {command:12} {text}" for command, text in COMMANDS.items()))
+        print("\n".join(f"  {command:12} {text}" for command, (_, text) in COMMANDS.items()))
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -28,7 +30,7 @@ def main() -> None:
         )
         sys.exit(2)
     sys.argv = [f"getiaction {name}", *sys.argv[2:]]
-    import_module(f"getiaction.{name}").main()
+    import_module(f"getiaction.{COMMANDS[name][0]}").main()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from getiaction.config.help import help_text
 from getiaction.config.schema import Config
-from getiaction.errors import InputError, TrainingError
+from getiaction.errors import InputError, exit_with_message, stop
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
@@ -74,22 +74,14 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
     def entry(composed: DictConfig) -> Any:
-        try:
+        with exit_with_message():
             return run(to_config(composed, config_name, schema))
-        except (InputError, TrainingError) as error:
-            stop(str(error), code=2 if isinstance(error, InputError) else 1)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
         return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
-
-
-def stop(message: str, *, code: int) -> NoReturn:
-    """Print one message and exit: 2 for a mistake in the input, 1 for a run that cannot go on."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schema]) -> Schema:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 import yaml
-from torch import Tensor
 
 from getiaction.config.build import build_group
 from getiaction.config.schema import EvaluateConfig
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
+from getiaction.interop.weights import fingerprint
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
 from getiaction.report.evaluation import draw_sheet, film, write_numbers
@@ -184,15 +183,6 @@ def find_env(pretrained: Path) -> dict[str, Any]:
     if env.get("_target_") is None:
         raise InputError(f"{NO_SIMULATOR} ({config}); env=pusht evaluates it there all the same")
     return env
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Return a checksum of weights, by name and content."""
-    digest = xxhash.xxh3_64()
-    for name, value in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def measure_latency(policy: DiffusionPolicy, environment: Environment, num_inference_steps: int | None) -> float:

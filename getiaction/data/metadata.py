@@ -177,11 +177,17 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
     local = lerobot_home() / repo_id
     if revision is None and (local / INFO_FILE).exists():
         return read_metadata(local, repo_id)
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata  # slow: only for the Hub
+    from huggingface_hub.constants import is_offline_mode
+    from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, LeRobotDatasetMetadata  # slow: only for the Hub
 
+    cached = find_snapshot(repo_id, revision or CODEBASE_VERSION)
+    if cached is not None and is_offline_mode():
+        return read_metadata(cached, repo_id, revision or CODEBASE_VERSION)
     try:
         found = LeRobotDatasetMetadata(repo_id, revision=revision)
     except Exception as error:  # requests, huggingface_hub and LeRobot each raise their own
+        if cached is not None:
+            return read_metadata(cached, repo_id, revision or CODEBASE_VERSION)
         raise InputError(
             f"dataset.repo_id={repo_id} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local "
@@ -189,6 +195,21 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
             "keypoints dataset=pusht_demo_keypoints"
         ) from error
     return read_metadata(Path(found.root), repo_id, str(found.revision))
+
+
+def find_snapshot(repo_id: str, revision: str) -> Path | None:
+    """Return the folder of a dataset that LeRobot has fetched from the Hub before, without asking the Hub; or None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    try:
+        found = snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, ValueError):  # the second: a name that cannot be on the Hub
+        return None
+    return Path(found) if (Path(found) / INFO_FILE).exists() else None
 
 
 def fetch_files(metadata: DatasetMetadata, files: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from getiaction.errors import InputError
@@ -39,3 +40,46 @@ def fetch_policy(source: str, key: str) -> Path:
             f"{key}={source} is no folder here, not in {HF_HUB_CACHE}, and could not be fetched from the Hugging Face "
             f"Hub ({type(error).__name__}: {reason}): give a run folder, or a name that exists there"
         ) from error
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be a name on the Hub.
+
+    Raises:
+        InputError: it has no owner, or characters that names there do not have.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+        raise InputError(f"--repo-id {repo_id} must be <owner>/<name>, of letters, digits, '-', '_' and '.'")
+
+
+def push_files(
+    repo_id: str, files: Mapping[str, Path | bytes], *, private: bool = False, revision: str | None = None
+) -> str:
+    """Push files in one commit, making repository and branch if need be; return the commit's address.
+
+    Args:
+        files: name there -> file here, or content.
+
+    Raises:
+        InputError: the Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    operations = [
+        CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()
+    ]
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(repo_id, operations, commit_message="Push a policy of GetiAction", revision=revision)
+    except Exception as error:  # httpx and huggingface_hub each raise their own
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        fix = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "use a token that may write there"}
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise InputError(
+            f"{repo_id} could not be pushed to the Hugging Face Hub ({type(error).__name__}: {reason}): "
+            f"{fix.get(status or 0, 'nothing was changed there; try again')}"
+        ) from error
+    return commit.commit_url

@@ -5,7 +5,9 @@ Modules and parameter names are LeRobot's (`backbone`, `pool.nets`, `pool.pos_gr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
 
@@ -153,13 +155,16 @@ def load_resnet(name: str, weights: str | None) -> nn.Module:
         raise ValueError(
             f"backbone.weights={weights!r} is unknown for {name}: use one of {', '.join(known)}, or null"
         ) from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[-1]
     try:
+        if not file.exists() and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise OSError("HF_HUB_OFFLINE is set")
         network.load_state_dict(chosen.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:  # the last two: a damaged file
         raise ValueError(
             f"backbone.weights={weights} could not be fetched ({error}). Two ways out: backbone.weights=null "
             "trains from "
-            f"scratch; or put the file {chosen.url.rsplit('/', 1)[-1]} into {torch.hub.get_dir()}/checkpoints"
+            f"scratch; or put the file {file.name} into {file.parent}"
         ) from error
     return network
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from getiaction.policy import ImageEncoder
-from getiaction.policy.encoder import SpatialSoftmax, replace_batch_norm
+from getiaction.policy.encoder import SpatialSoftmax, load_resnet, replace_batch_norm
 
 
 def test_group_norm_keeps_the_affine_values() -> None:
@@ -112,3 +114,11 @@ def test_another_picture_is_another_feature_and_the_whole_resnet_learns(norm: st
     gradient = encoder.backbone[0].weight.grad
     assert gradient is not None
     assert gradient.abs().max() > 0
+
+
+def test_offline_asks_nobody_for_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.raises(ValueError, match=rf"HF_HUB_OFFLINE is set.*resnet18-\w+\.pth into {tmp_path}/hub/checkpoints"):
+        load_resnet("resnet18", "IMAGENET1K_V1")
