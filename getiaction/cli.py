@@ -8,6 +8,9 @@ from importlib import import_module
 
 COMMANDS = {  # name -> (module, what it does)
     "train": ("train", "train a Diffusion Policy; arguments as in `python -m getiaction.train`"),
+    "fit": ("fit", "train what a YAML file of the first GetiAction says (model, data, trainer)"),
+    "validate": ("fit", "measure a policy on the held-out episodes of such a file's data"),
+    "test": ("fit", "let a policy act in the simulator of such a file's data"),
     "evaluate": ("evaluate", "roll a policy out in its simulator: score, success rate, films"),
     "demonstrate": ("demonstrate", "record a scripted expert as a LeRobotDataset"),
     "import": ("import_policy", "open a policy of LeRobot's, of any age, and write it as one of today"),
@@ -30,7 +33,8 @@ def main() -> None:
         )
         sys.exit(2)
     sys.argv = [f"getiaction {name}", *sys.argv[2:]]
-    import_module(f"getiaction.{COMMANDS[name][0]}").main()
+    module = import_module(f"getiaction.{COMMANDS[name][0]}")
+    module.main(name) if module.__name__ == "getiaction.fit" else module.main()
 
 
 if __name__ == "__main__":

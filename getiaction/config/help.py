@@ -33,7 +33,8 @@ def help_text(folder: Path, config_name: str = "train") -> str:
     if config_name != "train":
         return "\n\n".join([f"{first_comment(folder / f'{config_name}.yaml')}", keys_help(folder, config_name)])
     groups = sorted(
-        (path for path in folder.iterdir() if path.is_dir()), key=lambda path: (path.name != "preset", path)
+        (path for path in folder.iterdir() if path.is_dir() and path.name != "lightning"),  # those are for `fit`
+        key=lambda path: (path.name != "preset", path),
     )
     sections = []
     for group in groups:

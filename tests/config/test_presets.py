@@ -155,7 +155,7 @@ def uncommented(line: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.glob("**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_key_of_the_tree_has_a_line_of_documentation(path: Path) -> None:
-    if path.parent.name == "preset":
+    if path.parent.name in ("preset", "lightning"):  # the second: in the words of another format
         return
     lines = path.read_text().split("\nhydra:")[0].splitlines()
     for number, line in enumerate(lines):
