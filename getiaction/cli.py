@@ -6,8 +6,11 @@ import difflib
 import sys
 from importlib import import_module
 
+from getiaction import __version__
+
 COMMANDS = {  # name -> (module, what it does)
     "train": ("train", "train a Diffusion Policy; arguments as in `python -m getiaction.train`"),
+    "check": ("check", "check a config, its dataset and its policy without training"),
     "fit": ("fit", "train what a YAML file of the first GetiAction says (model, data, trainer)"),
     "validate": ("fit", "measure a policy on the held-out episodes of such a file's data"),
     "test": ("fit", "let a policy act in the simulator of such a file's data"),
@@ -21,8 +24,11 @@ COMMANDS = {  # name -> (module, what it does)
 def main() -> None:
     """Hand over to a subcommand."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name == "--version":
+        print(__version__)
+        return
     if name in ("--help", "-h", "help"):
-        print("usage: getiaction COMMAND [arguments]\n\ncommands:")
+        print("usage: getiaction COMMAND [arguments]\n\ncommands, each with its own --help:")
         print("\n".join(f"  {command:12} {text}" for command, (_, text) in COMMANDS.items()))
         return
     if name not in COMMANDS:

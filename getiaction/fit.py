@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from getiaction.errors import InputError, exit_with_message
+
+if TYPE_CHECKING:
+    from getiaction.config.lightning.arguments import Arguments
+    from getiaction.config.lightning.translate import Translation
 
 USAGE = """usage: getiaction {command} --config FILE.yaml [--config MORE.yaml] [--model.KEY VALUE] [--data.KEY VALUE]
                 [--trainer.KEY VALUE] [--seed_everything N] [--ckpt_path CHECKPOINT] [--strict] [--print_config]
@@ -65,7 +70,6 @@ def run(command: str, given: list[str]) -> list[str] | None:
     import yaml
 
     from getiaction.config.lightning.arguments import read_arguments
-    from getiaction.config.lightning.translate import translate
 
     arguments = read_arguments(given)
     if arguments.print_config:
@@ -74,16 +78,7 @@ def run(command: str, given: list[str]) -> list[str] | None:
     checkpoint = arguments.content.pop("ckpt_path", None) if command != "fit" else None
     if command != "fit" and checkpoint is None:
         raise InputError(f"{command} needs --ckpt_path: a run folder, a policy folder, or a policy's name on the Hub")
-    found = translate(arguments)
-    for line in found.changed:
-        print(f"changed: {line}")
-    for line in found.left_out:
-        print(f"left out: {line}")
-    try:
-        check(found.overrides)
-    except InputError as error:
-        named = [f"{key} is {source}" for key, source in found.sources.items() if key in str(error) and key != source]
-        raise InputError("\n       ".join([str(error), *([f"({', '.join(named)})"] if named else [])])) from error
+    found = translate_aloud(arguments)
     if command == "validate":
         from getiaction.validate import validate_command
 
@@ -98,6 +93,27 @@ def run(command: str, given: list[str]) -> list[str] | None:
         return overrides
     say("train", found.overrides)
     return found.overrides
+
+
+def translate_aloud(arguments: Arguments) -> Translation:
+    """Translate a command line, say what was changed and left out, and check what came of it.
+
+    Raises:
+        InputError: it cannot work; the message names the keys of the file.
+    """
+    from getiaction.config.lightning.translate import translate
+
+    found = translate(arguments)
+    for line in found.changed:
+        print(f"changed: {line}")
+    for line in found.left_out:
+        print(f"left out: {line}")
+    try:
+        check(found.overrides)
+    except InputError as error:
+        named = [f"{key} is {source}" for key, source in found.sources.items() if key in str(error) and key != source]
+        raise InputError("\n       ".join([str(error), *([f"({', '.join(named)})"] if named else [])])) from error
+    return found
 
 
 def check(overrides: list[str]) -> None:

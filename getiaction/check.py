@@ -1,0 +1,68 @@
+"""Check a config, its dataset and its policy without training: `getiaction check +preset=pusht_fast`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from getiaction.errors import exit_with_message
+
+USAGE = """usage: getiaction check [+preset=NAME] [key=value ...]
+       getiaction check --config FILE.yaml [options of `getiaction fit`]
+
+Check everything that training checks before it decodes or writes anything: keys, values, what they mean together, the
+dataset, the policy that they build. Ends with 0 and a summary, or with 2 and what is wrong, a line each.
+strict=true makes errors of warnings."""
+
+
+def check(overrides: list[str]) -> list[str]:
+    """Check what a command line composes to; return lines that sum it up.
+
+    Raises:
+        InputError: it cannot work.
+    """
+    from getiaction.config import run
+    from getiaction.config.build import build_features, build_policy
+    from getiaction.config.checks import check_config
+    from getiaction.config.compose import compose
+    from getiaction.config.dataset_checks import check_dataset
+    from getiaction.data.metadata import find_dataset
+
+    config = compose(overrides)
+    check_config(config)
+    metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
+    check_dataset(config, metadata)
+    run.check_buildable(config, metadata)
+    policy = build_policy(config, build_features(config, metadata), {}, fetch_weights=False, device="meta")
+    parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
+    training = config.training
+    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
+    frames = sum(int(row["length"]) for row in metadata.rows_of(chosen))
+    batch = training.batch_size * training.gradient_accumulation_steps * config.hardware.num_processes
+    lengths = {"steps": training.max_steps, "epochs": training.max_epochs}
+    return [
+        f"policy: {parameters:.1f} M parameters, sees {', '.join(policy.features.observation_keys)}",
+        f"data: {metadata.root}, {len(chosen)} episodes, {frames} frames at {metadata.fps:g} Hz",
+        f"training: {' or '.join(f'{count} {unit}' for unit, count in lengths.items() if count)} of {batch} samples",
+        "all is well",
+    ]
+
+
+def main() -> None:
+    """Run as a command."""
+    given = sys.argv[1:]
+    if {"--help", "-h"} & set(given):
+        print(USAGE)
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with exit_with_message():
+        if any(option.startswith("--") for option in given):
+            from getiaction.config.lightning.arguments import read_arguments
+            from getiaction.fit import translate_aloud
+
+            given = translate_aloud(read_arguments(given)).overrides
+        print("\n".join(check(given)))
+
+
+if __name__ == "__main__":
+    main()
