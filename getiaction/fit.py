@@ -108,6 +108,8 @@ def translate_aloud(arguments: Arguments) -> Translation:
         print(f"changed: {line}")
     for line in found.left_out:
         print(f"left out: {line}")
+    for line in found.notes:
+        print(f"note: {line}")
     try:
         check(found.overrides)
     except InputError as error:

@@ -358,6 +358,11 @@ def test_a_contradiction_is_mended_aloud_and_refused_when_strict(name: str, push
     assert said in str(refused.value)
 
 
+def test_what_took_no_effect_in_the_first_getiaction_is_said(pusht_like: Path) -> None:
+    found = read("--model.scheduler_warmup_steps=7", "--strict", root=pusht_like)
+    assert "scheduler_warmup_steps take effect here; the first GetiAction read them" in found.notes[0]
+
+
 def test_windows_that_fit_are_no_contradiction(pusht_like: Path) -> None:
     windows = {"observation.image": [-0.1, 0.0], "observation.state": [-0.1, 0.0]}
     windows["action"] = [round(0.1 * step, 1) for step in range(-1, 15)]

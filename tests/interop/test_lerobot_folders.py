@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from getiaction.config.compose import compose
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import CONFIG, EXTRA, POSTPROCESSOR, PREPROCESSOR, PREPROCESSOR_STATE, WEIGHTS
@@ -299,3 +303,22 @@ def test_renamed_observations_and_edits_by_hand_are_warned_of(
     set_key("n_action_steps", 4)(tmp_path / "ours")
     assert load_policy(tmp_path / "ours").n_action_steps == 8
     assert "says n_action_steps=4, but getiaction.json does not: the latter holds" in caplog.text
+
+
+# --- there and back ---------------------------------------------------------------------------------------------------
+
+
+def test_lerobot_trains_our_checkpoint_further_and_it_comes_back(keypoints_run: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(Path(str(compose(["dataset=pusht_demo"]).dataset.root)), tmp_path / "data")
+    ours = keypoints_run / "checkpoints/last/pretrained_model"
+    command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={ours}", "--policy.device=cpu"]
+    command += ["--dataset.repo_id=getiaction/pusht_demo", f"--dataset.root={data}", "--dataset.episodes=[0,1]"]
+    command += ["--steps=2", "--save_freq=2", "--batch_size=4", "--num_workers=0", "--env_eval_freq=0"]
+    command += ["--policy.push_to_hub=false", "--wandb.enable=false", f"--output_dir={tmp_path / 'lerobot'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    trained = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    before, after = load_policy(ours), load_policy(tmp_path / "lerobot")
+    moved = [float((after.state_dict()[key] - value).abs().max()) for key, value in before.state_dict().items()]
+    assert 0 < max(moved) < 1e-3  # two small steps from our weights, not from drawn ones
+    assert after.normalizer.modes == before.normalizer.modes

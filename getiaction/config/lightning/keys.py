@@ -71,6 +71,13 @@ MODEL_DEFAULTS = {  # the class's own, where they are not those of conf/train.ya
     "down_dims": [512, 1024, 2048],
     "num_inference_steps": None,
 }
+DORMANT = (  # its own optimiser took the learning rate only
+    "optimizer_betas",
+    "optimizer_eps",
+    "optimizer_weight_decay",
+    "scheduler_name",
+    "scheduler_warmup_steps",
+)
 
 DATA = {
     "repo_id": "dataset.repo_id",

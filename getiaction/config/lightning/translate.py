@@ -26,12 +26,14 @@ class Translation:
         sources: key here -> key of the file that said so.
         changed: what contradicted itself, and how it was mended.
         left_out: what has no effect here, and why.
+        notes: what is otherwise here, and no contradiction.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def set(self, key: str, value: Any, source: str) -> None:
         """Set a key, remembering what said so."""
@@ -75,6 +77,9 @@ def translate(arguments: Arguments) -> Translation:
     found.changed += mended.lines
     set_model(mended.values, metadata, found)
     set_trainer(trainer, found)
+    if dormant := [name for name in keys.DORMANT if name in model]:
+        found.notes.append(f"{', '.join(dormant)} take effect here; the first GetiAction read them and left it at that")
+    found.notes.append("averaged weights (EMA) are validated and saved; --getiaction.ema.enabled=false does without")
     set_rest(content, found)
     set_validation(trainer, mended.values, metadata, found)
     if arguments.strict and found.changed:
