@@ -5,6 +5,7 @@ The file is said as overrides of the config here (`getiaction.config.lightning`)
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from getiaction.errors import InputError, exit_with_message
 
 if TYPE_CHECKING:
     from getiaction.config.lightning.arguments import Arguments
-    from getiaction.config.lightning.translate import Translation
+    from getiaction.config.lightning.translation import Translation
 
 USAGE = """usage: getiaction {command} --config FILE.yaml [--config MORE.yaml] [--model.KEY VALUE] [--data.KEY VALUE]
                 [--trainer.KEY VALUE] [--seed_everything N] [--ckpt_path CHECKPOINT] [--strict] [--print_config]
@@ -113,9 +114,15 @@ def translate_aloud(arguments: Arguments) -> Translation:
     try:
         check(found.overrides)
     except InputError as error:
-        named = [f"{key} is {source}" for key, source in found.sources.items() if key in str(error) and key != source]
-        raise InputError("\n       ".join([str(error), *([f"({', '.join(named)})"] if named else [])])) from error
+        named = [f"{key} is {found.sources[key]}" for key in found.sources if names(str(error), key)]
+        more = f"\n       ({', '.join(named)})" if named else ""
+        raise InputError(f"{error}{more}") from error
     return found
+
+
+def names(message: str, key: str) -> bool:
+    """Tell whether a message is about a dotted key."""
+    return "." in key and re.search(rf"\b{re.escape(key)}\b", message) is not None
 
 
 def check(overrides: list[str]) -> None:
@@ -141,7 +148,7 @@ def usage(command: str) -> str:
 
     from getiaction.config.lightning import keys
 
-    def names(*tables: dict) -> str:
+    def listed(*tables: dict) -> str:
         return fill(", ".join(name for table in tables for name in table), 118, subsequent_indent=" " * 9)
 
     what, ckpt = WHAT[command]
@@ -149,9 +156,9 @@ def usage(command: str) -> str:
         command=command,
         what=what,
         ckpt=ckpt,
-        model=names(keys.MODEL, keys.MODEL_SPECIAL),
-        data=names(keys.DATA, keys.DATA_SPECIAL),
-        trainer=names(keys.TRAINER, keys.TRAINER_SPECIAL),
+        model=listed(keys.MODEL, keys.MODEL_SPECIAL),
+        data=listed(keys.DATA, keys.DATA_SPECIAL),
+        trainer=listed(keys.TRAINER, keys.TRAINER_SPECIAL),
     )
 
 

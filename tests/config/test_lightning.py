@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from getiaction.config.compose import CONF_DIR, compose
 from getiaction.config.lightning import keys
 from getiaction.config.lightning.arguments import read_arguments
-from getiaction.config.lightning.translate import Translation, translate
+from getiaction.config.lightning.translate import translate
+from getiaction.config.lightning.translation import Translation
 from getiaction.config.value_checks import look_up
 from getiaction.errors import InputError
 
@@ -200,6 +201,10 @@ def test_other_keys_arrive(option: str, pusht_like: Path) -> None:
         ("--model.horizon=ten", r"model\.init_args\.horizon=ten must be a whole number"),
         ("--model.down_dims=3", r"model\.init_args\.down_dims=3 must be a list of numbers"),
         ("--model.beta_schedule=steep", r"model\.init_args\.beta_schedule=steep: steep is not implemented"),
+        (
+            "--ckpt_path=epoch=3.ckpt",
+            r"ckpt_path=epoch=3\.ckpt is a file of Lightning's, a pickle, which is never opened",
+        ),
         ("--trainer.precision=8", r"trainer\.precision=8 must be one of 32"),
         ("--trainer.accelerator=tpu", r"trainer\.accelerator=tpu must be one of auto, gpu"),
         ("--trainer.strategy=fsdp", r"trainer\.strategy=fsdp has no equal here"),
@@ -212,6 +217,11 @@ def test_other_keys_arrive(option: str, pusht_like: Path) -> None:
 def test_mistakes_are_named(option: str, said: str, pusht_like: Path) -> None:
     with pytest.raises(InputError, match=said):
         read(option, root=pusht_like)
+
+
+def test_a_checkpoint_stands_for_its_run(pusht_like: Path) -> None:
+    for given in ("runs/one", "runs/one/checkpoints/last", "runs/one/checkpoints/000002/pretrained_model"):
+        assert read(f"--ckpt_path={given}", root=pusht_like).values["training.resume"] == "runs/one"
 
 
 def test_what_has_no_effect_is_listed(pusht_like: Path) -> None:
@@ -360,7 +370,9 @@ def test_a_contradiction_is_mended_aloud_and_refused_when_strict(name: str, push
 
 def test_what_took_no_effect_in_the_first_getiaction_is_said(pusht_like: Path) -> None:
     found = read("--model.scheduler_warmup_steps=7", "--strict", root=pusht_like)
-    assert "scheduler_warmup_steps take effect here; the first GetiAction read them" in found.notes[0]
+    assert (
+        "in effect here, while the first GetiAction read them and left it at that: scheduler_warmup" in found.notes[0]
+    )
 
 
 def test_windows_that_fit_are_no_contradiction(pusht_like: Path) -> None:
