@@ -213,8 +213,8 @@ class DiffusionPolicy(nn.Module):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         sample = noise * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            steps = torch.full((len(sample),), int(timestep), device=sample.device)
-            prediction = self.diffusion.unet(scheduler.scale_model_input(sample, timestep), steps, cond)
+        films = self.diffusion.unet.modulation(scheduler.timesteps.to(cond.device).long(), cond)
+        for timestep, film in zip(scheduler.timesteps, films, strict=True):
+            prediction = self.diffusion.unet.denoise(scheduler.scale_model_input(sample, timestep), film)
             sample = scheduler.step(prediction.float(), timestep, sample, **extra).prev_sample
         return sample

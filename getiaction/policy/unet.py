@@ -7,12 +7,13 @@ Source: Chi et al., arXiv:2303.04137; Janner et al., arXiv:2205.09991; FiLM: Per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
@@ -70,8 +71,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x (B, C, T) and cond (B, cond_dim), which has been through Mish, to (B, C', T)."""
-        hidden = self.conv1(x)
-        film = self.cond_encoder(cond)[:, :, None]  # (B, C' or 2C', 1)
+        return self.modulate(x, self.cond_encoder(cond))
+
+    def modulate(self, x: Tensor, film: Tensor) -> Tensor:
+        """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
+        hidden, film = self.conv1(x), film[:, :, None]  # (B, C' or 2C', 1)
         if self.film_scale:
             scale, bias = film.chunk(2, dim=1)
             hidden = scale * hidden + bias
@@ -158,25 +162,59 @@ class ConditionalUnet1d(nn.Module):
         Returns:
             (B, T, Da).
         """
-        x = rearrange(noisy_actions, "b t d -> b d t")
         cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
         cond = self.activation(cond)
+
+        def run(block: ResidualBlock, x: Tensor) -> Tensor:
+            if self.gradient_checkpointing and self.training:
+                return checkpoint(block, x, cond, use_reentrant=False)
+            return block(x, cond)
+
+        return self._pass(noisy_actions, run)
+
+    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[list[Tensor]]:
+        """Compute what every FiLM layer does at every denoising step, the observations' part of it only once.
+
+        Args:
+            timesteps: (S,) integers.
+            cond: (B, cond_dim), the encoded observations.
+
+        Returns:
+            S lists, each with the values of every block, (B, C') or with scales (B, 2C').
+        """
+        step, seen = self.activation(self.diffusion_step_encoder(timesteps)), self.activation(cond)
+        split, films = self.diffusion_step_embed_dim, []
+        for block in self._blocks():
+            layer = cast(nn.Linear, block.cond_encoder[1])
+            by_step = functional.linear(step, layer.weight[:, :split])  # (S, 2C')
+            by_row = functional.linear(seen, layer.weight[:, split:], layer.bias)  # (B, 2C')
+            films.append((by_step[:, None] + by_row).unbind(0))  # S x (B, 2C')
+        return [list(values) for values in zip(*films, strict=True)]
+
+    def denoise(self, noisy_actions: Tensor, films: Sequence[Tensor]) -> Tensor:
+        """Do what `forward` does, (B, T, Da) to (B, T, Da), with one step's values of `modulation`."""
+        left = iter(films)
+        return self._pass(noisy_actions, lambda block, x: block.modulate(x, next(left)))
+
+    def _pass(self, noisy_actions: Tensor, run: Callable[[ResidualBlock, Tensor], Tensor]) -> Tensor:
+        x = rearrange(noisy_actions, "b t d -> b d t")
         skips: list[Tensor] = []
         for first, second, halve in levels(self.down_modules):
-            x = self._run(second, self._run(first, x, cond), cond)
+            x = run(second, run(first, x))
             skips.append(x)
             x = halve(x)
-        for middle in self.mid_modules:
-            x = self._run(middle, x, cond)
+        for middle in cast(Iterable[ResidualBlock], self.mid_modules):
+            x = run(middle, x)
         for first, second, double in levels(self.up_modules):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = double(self._run(second, self._run(first, x, cond), cond))
+            x = double(run(second, run(first, x)))
         return rearrange(self.final_conv(x), "b d t -> b t d")
 
-    def _run(self, block: nn.Module, x: Tensor, cond: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, x, cond, use_reentrant=False)
-        return block(x, cond)
+    def _blocks(self) -> list[ResidualBlock]:
+        """Return the blocks in the order of `_pass`."""
+        down = [block for first, second, _ in levels(self.down_modules) for block in (first, second)]
+        up = [block for first, second, _ in levels(self.up_modules) for block in (first, second)]
+        return [*down, *cast(Iterable[ResidualBlock], self.mid_modules), *up]
 
 
 def levels(modules: nn.ModuleList) -> Iterable[tuple[ResidualBlock, ResidualBlock, nn.Module]]:

@@ -27,6 +27,12 @@ class Oracle(nn.Module):
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * self.clean
         return {"epsilon": noise, "sample": self.clean, "v_prediction": velocity}[self.prediction_type]
 
+    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(timestep.expand(len(cond)), cond) for timestep in timesteps]
+
+    def denoise(self, noisy: Tensor, film: tuple[Tensor, Tensor]) -> Tensor:
+        return self(noisy, *film)
+
 
 def random_batch(policy: DiffusionPolicy, batch_size: int = 4) -> dict[str, Tensor]:
     return {

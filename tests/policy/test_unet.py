@@ -56,3 +56,15 @@ def test_step_embedding_is_sines_then_cosines() -> None:
         [[0, 0, 1, 1], [0.8414710, 0.0001, 0.5403023, 1.0], [-0.2623749, 0.005, 0.9649660, 0.9999875]]
     )
     torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("film_scale", [True, False])
+def test_computing_the_modulation_ahead_changes_nothing(film_scale: bool) -> None:
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, down_dims=DIMS[:3], use_film_scale_modulation=film_scale)
+    actions, _, cond = random_inputs()
+    timesteps = torch.tensor([9, 5, 0])
+    films = unet.modulation(timesteps, cond)
+    for timestep, film in zip(timesteps, films, strict=True):
+        plain = unet(actions, timestep.expand(len(actions)), cond)
+        torch.testing.assert_close(unet.denoise(actions, film), plain, rtol=1e-5, atol=1e-6)
