@@ -1,0 +1,156 @@
+"""Measure one action chunk against LeRobot's, same weights, same noise, turn by turn: `python -m benchmarks.inference`.
+
+For each preset a policy of drawn weights is written as a checkpoint and opened in both libraries; their chunks must be
+equal to float32 rounding. Then both predict one chunk for one robot, alternately, each from observations that are ready
+(LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of the
+medians, go to benchmarks/results/inference-<date>.json. `--pauses` lets as much time pass between calls as a robot's
+control loop does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeRobotPolicy
+from lerobot.policies.factory import make_pre_post_processors
+from torch import Tensor
+
+from getiaction.config.build import build_policy
+from getiaction.config.compose import compose
+from getiaction.config.record import describe_machine
+from getiaction.config.schema import Config
+from getiaction.interop.lerobot import load_policy, write_policy
+from getiaction.policy import DiffusionPolicy, Features
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = ("pusht_laptop", "pusht_keypoints", "pusht_cpu", "pusht_fast", "pusht_basic", "pusht_advanced", "aloha")
+CAMERAS = {
+    "aloha": dict.fromkeys(("observation.images.top", "observation.images.wrist"), (3, 480, 640)),
+}
+RATE = {"aloha": 50.0}  # Hz of the control loop; PushT's is 10
+WARM_UP = 2
+
+
+def features_of(config: Config) -> Features:
+    """Return what a preset's policy sees: the shapes of its dataset."""
+    if not config.uses_images:
+        return Features(action_dim=2, state_dim=2, env_state_dim=16)
+    if config.name in CAMERAS:
+        return Features(action_dim=14, state_dim=14, cameras=CAMERAS[config.name])
+    return Features(action_dim=2, state_dim=2, cameras={"observation.image": (3, 96, 96)})
+
+
+def draw(features: Features, steps: int, device: str) -> dict[str, Tensor]:
+    """Return one robot's observations, (1, To, ...), pictures in [0, 1]."""
+    shapes = {key: features.shapes[key] for key in features.observation_keys}
+    return {key: torch.rand((1, steps, *shape)).to(device) for key, shape in shapes.items()}
+
+
+def statistics_of(features: Features) -> dict[str, dict[str, Tensor]]:
+    """Return made-up statistics."""
+    sizes = {key: (shape[0], 1, 1) if len(shape) == 3 else shape for key, shape in features.shapes.items()}
+    made = {"min": 0.0, "max": 1.0, "mean": 0.5, "std": 0.5}
+    return {key: {name: torch.full(size, value) for name, value in made.items()} for key, size in sizes.items()}
+
+
+def alternate(
+    calls: dict[str, Callable[[], Tensor]], rounds: int, wait: Callable[[], None], pause: float
+) -> dict[str, list[float]]:
+    """Call each in turn, `rounds` times; return milliseconds. The order changes every round."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(WARM_UP + rounds):
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            time.sleep(pause)
+            wait()
+            begin = time.perf_counter()
+            calls[name]()
+            wait()
+            if number >= WARM_UP:
+                taken[name].append((time.perf_counter() - begin) * 1e3)
+    return taken
+
+
+def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, Any]:
+    """Return a preset's latencies and how far the two libraries' chunks are apart."""
+    config = compose([f"+preset={preset}", "hardware.num_processes=1"])
+    features = features_of(config)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "policy"
+        write_policy(path, build_policy(config, features, statistics_of(features), fetch_weights=False))
+        ours: DiffusionPolicy = load_policy(path, device=device)
+        theirs = LeRobotPolicy.from_pretrained(path)
+        preprocess, postprocess = make_pre_post_processors(
+            theirs.config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": device}}
+        )
+    theirs.to(device)
+    theirs.reset()
+    seen = draw(features, config.policy.n_obs_steps, device)
+    ready = preprocess({key: value[0] for key, value in seen.items()})
+    batch = {key: ready[key][None] for key in seen}
+    noise = torch.randn((1, config.policy.horizon, features.action_dim), device=device)
+
+    def act() -> Tensor:
+        torch.manual_seed(1)
+        return ours.predict_action_chunk(seen, noise=noise)
+
+    def act_lerobot() -> Tensor:
+        torch.manual_seed(1)
+        return theirs.predict_action_chunk(batch, noise=noise)
+
+    apart = float((act().cpu() - postprocess(act_lerobot())).abs().max())
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken = alternate({"lerobot": act_lerobot, "getiaction": act}, rounds, wait, pause)
+    quartiles = {name: [round(float(q), 3) for q in np.quantile(ms, (0.25, 0.5, 0.75))] for name, ms in taken.items()}
+    rate = RATE.get(preset, 10.0)
+    chunk_ms = config.policy.n_action_steps / rate * 1e3
+    median = statistics.median(taken["getiaction"])
+    return {
+        "preset": preset,
+        "parameters": sum(weight.numel() for weight in ours.parameters()),
+        "num_inference_steps": ours.num_inference_steps,
+        "quartiles_ms": quartiles,
+        "ratio": round(statistics.median(taken["lerobot"]) / median, 2),
+        "largest_difference": apart,
+        "control_hz": rate,
+        "within_one_step": median < 1e3 / rate,
+        "share_of_chunk": round(median / chunk_ms, 3),
+    }
+
+
+def main() -> None:
+    """Measure the presets that were asked for and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=PRESETS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--pauses", type=float, default=0.0, help="seconds between two calls")
+    parser.add_argument("--result", type=Path, help="default: benchmarks/results/inference-<date>.json")
+    arguments = parser.parse_args()
+    results = [measure(preset, arguments.device, arguments.rounds, arguments.pauses) for preset in arguments.presets]
+    path = arguments.result or RESULTS / f"inference-{datetime.now(UTC):%Y-%m-%d}.json"
+    machine = describe_machine(torch.device(arguments.device))
+    path.write_text(json.dumps({"date": datetime.now(UTC).isoformat(), **machine, "results": results}, indent=1) + "\n")
+    print("| preset | LeRobot, ms | here, ms | ratio | chunks differ by | time of a chunk's execution |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for result in results:
+        shown = [f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for q in result["quartiles_ms"].values()]
+        print(
+            f"| `{result['preset']}` | {' | '.join(shown)} | {result['ratio']} | {result['largest_difference']:.1e} | "
+            f"{result['share_of_chunk']:.1%} |"
+        )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
