@@ -2,9 +2,9 @@
 
 For each preset a policy of drawn weights is written as a checkpoint and opened in both libraries; their chunks must be
 equal to float32 rounding. Then both predict one chunk for one robot, alternately, each from observations that are ready
-(LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of the
-medians, go to benchmarks/results/inference-<date>.json. `--pauses` lets as much time pass between calls as a robot's
-control loop does.
+(LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of
+the medians, go to benchmarks/results/inference-<date>.json. `--pauses` lets time pass between
+calls, as a robot's control loop does.
 """
 
 from __future__ import annotations

@@ -58,9 +58,13 @@ def main() -> None:
     with exit_with_message():
         if any(option.startswith("--") for option in given):
             from getiaction.config.lightning.arguments import read_arguments
-            from getiaction.fit import translate_aloud
+            from getiaction.fit import print_config, translate_aloud
 
-            given = translate_aloud(read_arguments(given)).overrides
+            arguments = read_arguments(given)
+            if arguments.print_config:
+                print_config(arguments)
+                return
+            given = translate_aloud(arguments).overrides
         print("\n".join(check(given)))
 
 

@@ -68,13 +68,12 @@ def run(command: str, given: list[str]) -> list[str] | None:
     Raises:
         InputError: the file cannot work; the message names its keys.
     """
-    import yaml
-
     from getiaction.config.lightning.arguments import read_arguments
+    from getiaction.config.overrides import quote
 
     arguments = read_arguments(given)
     if arguments.print_config:
-        print(yaml.safe_dump(arguments.content, sort_keys=False), end="")
+        print_config(arguments)
         return None
     checkpoint = arguments.content.pop("ckpt_path", None) if command != "fit" else None
     if command != "fit" and checkpoint is None:
@@ -88,12 +87,20 @@ def run(command: str, given: list[str]) -> list[str] | None:
     if command == "test":
         rollouts = arguments.content.get("data", {}).get("init_args", {}).get("num_rollouts_test")
         limits = [f"env.max_steps={found.values['env.max_steps']}"] if "env.max_steps" in found.values else []
-        overrides = [f"checkpoint='{checkpoint}'", f"env={found.values['env']}", *limits]
+        device = found.values.get("hardware.device", "auto")
+        overrides = [f"checkpoint={quote(str(checkpoint))}", f"env={found.values['env']}", *limits, f"device={device}"]
         overrides += [f"episodes={rollouts}"] if rollouts else []
         say("evaluate", overrides)
         return overrides
     say("train", found.overrides)
     return found.overrides
+
+
+def print_config(arguments: Arguments) -> None:
+    """Show the merged file."""
+    import yaml
+
+    print(yaml.safe_dump(arguments.content, sort_keys=False), end="")
 
 
 def translate_aloud(arguments: Arguments) -> Translation:

@@ -32,7 +32,8 @@ def import_policy(source: str, output_dir: Path | None = None) -> list[str]:
     Raises:
         InputError: there is no such policy, it has no equal here, or `output_dir` exists.
     """
-    from getiaction.config.fine_tuning import as_override, to_overrides
+    from getiaction.config.fine_tuning import to_overrides
+    from getiaction.config.overrides import as_override
     from getiaction.interop.description import describe
     from getiaction.interop.lerobot import find_policy_folder, load_policy, write_policy
     from getiaction.interop.lerobot_files import not_for_lerobot
@@ -55,8 +56,9 @@ def import_policy(source: str, output_dir: Path | None = None) -> list[str]:
     return [
         f"policy: {folder} ({parameters:.1f} M parameters, sees {', '.join(policy.features.observation_keys)})",
         f"LeRobot does not open it: {'; '.join(reasons)}" if reasons else f"LeRobot opens it: --policy.path={folder}",
-        f"let it act: python -m getiaction.evaluate checkpoint={folder} env=pusht",
-        f"train it further: python -m getiaction.train training.init_from={folder} {' '.join(overrides)}",
+        f"let it act: python -m getiaction.evaluate {as_override('checkpoint', str(folder))} env=pusht",
+        "train it further: python -m getiaction.train "
+        f"{as_override('training.init_from', str(folder))} {' '.join(overrides)}",
     ]
 
 

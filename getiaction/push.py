@@ -31,9 +31,11 @@ def push(arguments: argparse.Namespace) -> str:
         InputError: there is no policy, the evaluation is another's, or the Hub refuses.
     """
     from getiaction import __version__
-    from getiaction.config.fine_tuning import as_override, to_overrides
+    from getiaction.config.fine_tuning import to_overrides
+    from getiaction.config.overrides import as_override
     from getiaction.interop.description import describe
     from getiaction.interop.hub import check_repo_id, push_files
+    from getiaction.interop.layout import FILES
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.interop.lerobot_files import not_for_lerobot
     from getiaction.interop.weights import fingerprint
@@ -60,12 +62,12 @@ def push(arguments: argparse.Namespace) -> str:
         numbers=numbers,
         license=arguments.license,
     )
-    files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
     if evaluation is not None:
         found = [evaluation / NUMBERS, evaluation / SHEET, *sorted((evaluation / VIDEOS).glob("*.mp4"))]
         files |= {f"evaluation/{path.name}": path for path in found if path.exists()}
     if made:
-        files["config.yaml"] = folder.resolve().parents[2] / "config.yaml"
+        files["config.yaml"] = made["folder"] / "config.yaml"
     files["README.md"] = card.encode()
     if arguments.dry_run:
         return "\n".join([card, "files:", *(f"  {name}" for name in files)])

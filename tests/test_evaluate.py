@@ -303,3 +303,24 @@ def test_the_environment_of_the_run_is_found_in_its_config(
     run = make_run("env.max_steps=9")
     assert command(f"checkpoint={run}", "episodes=1", "videos=false", "num_workers=0", f"output_dir={tmp_path}") == 0
     assert read(tmp_path)["length"]["mean"] == 9
+
+
+def test_a_simulator_of_somebody_elses_is_not_run(
+    keypoints_run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(keypoints_run, tmp_path / "run", symlinks=True)
+    (run / "config.yaml").write_text("env: {_target_: os.getcwd}")
+    assert command(f"checkpoint={run}", "device=cpu", f"output_dir={tmp_path / 'out'}") == 2
+    assert "names the simulator os.getcwd, which is not ours: say which, env=pusht" in capsys.readouterr().err
+
+
+def test_a_policy_folder_without_a_run_asks_for_the_simulator(
+    keypoints_run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(keypoints_run / "checkpoints/last/pretrained_model", tmp_path / "policy")
+    (tmp_path.parent.parent / "config.yaml").write_text("- nothing of ours")  # where a run's would lie
+    try:
+        assert command(f"checkpoint={tmp_path / 'policy'}", "device=cpu", f"output_dir={tmp_path / 'out'}") == 2
+    finally:
+        (tmp_path.parent.parent / "config.yaml").unlink()
+    assert "belongs to no run that names its simulator: say which, env=pusht" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from getiaction.config.build import build_group
 from getiaction.config.schema import EvaluateConfig
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
+from getiaction.interop.layout import run_of
 from getiaction.interop.weights import fingerprint
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
@@ -176,12 +177,15 @@ def find_env(pretrained: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder belongs to no run, or to one without a simulator.
     """
-    config = pretrained.resolve().parents[2] / "config.yaml"  # <run>/checkpoints/<step>/pretrained_model
-    env = (yaml.safe_load(config.read_text()) or {}).get("env") if config.exists() else None
+    run = run_of(pretrained)
+    config = run / "config.yaml" if run else None
+    env = (yaml.safe_load(config.read_text()) or {}).get("env") if config and config.exists() else None
     if env is None:
         raise InputError(f"{pretrained} belongs to no run that names its simulator: say which, env=pusht")
     if env.get("_target_") is None:
         raise InputError(f"{NO_SIMULATOR} ({config}); env=pusht evaluates it there all the same")
+    if not str(env["_target_"]).startswith("getiaction."):  # the run may be somebody else's: nothing of theirs is run
+        raise InputError(f"{config} names the simulator {env['_target_']}, which is not ours: say which, env=pusht")
     return env
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
@@ -33,9 +34,18 @@ MAY_DIFFER = (  # a policy can be trained on with others of these
     "scheduler.beta_start",
     "scheduler.beta_end",
     "scheduler.clip_sample",
+    "scheduler.clip_sample_range",
 )
 GROUPS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm_solver"}
-SCHEDULER_KEYS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "clip_sample")
+SCHEDULER_KEYS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+)
 
 
 def check_init_from(config: Config, policy: DiffusionPolicy) -> None:
@@ -119,13 +129,6 @@ def image_stats(statistics: Statistics) -> str:
 def is_close(found: Tensor, wanted: list[float]) -> bool:
     """Tell whether a mean (C, 1, 1) is this one."""
     return found.numel() == len(wanted) and torch.allclose(found.flatten(), torch.tensor(wanted), atol=1e-3)
-
-
-def as_override(key: str, value: Any) -> str:
-    """Return `key=value` as a shell takes it."""
-    if isinstance(value, list | tuple):
-        return f"{key}='[{','.join(str(item) for item in value)}]'"
-    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
 
 
 def say_features(features: Mapping[str, Any]) -> str:

@@ -73,6 +73,7 @@ def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
     features = dict(described["features"])
     features["cameras"] = {key: tuple(shape) for key, shape in features["cameras"].items()}
     encoder = described["encoder"]
+    check_times(described)
     return DiffusionPolicy(
         Features(**features),
         normalizer=Normalizer(statistics, described["normalization"]),
@@ -81,3 +82,19 @@ def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
         unet=partial(ConditionalUnet1d, **described["unet"]),
         **described["policy"],
     )
+
+
+def check_times(described: dict[str, Any]) -> None:
+    """Refuse times with which a policy could be built, but not act.
+
+    Raises:
+        InputError: the horizon does not fit the U-Net, or the executed actions do not fit the horizon.
+    """
+    times, factor = described["policy"], 2 ** (len(described["unet"]["down_dims"]) - 1)
+    horizon, longest = times["horizon"], times["horizon"] - times["n_obs_steps"] + 1
+    if horizon % factor:
+        raise InputError(f"the policy's horizon={horizon} must be divisible by {factor}, the halvings of its U-Net")
+    if not 1 <= times["n_action_steps"] <= longest:
+        raise InputError(
+            f"the policy's n_action_steps={times['n_action_steps']} must be 1 to horizon - n_obs_steps + 1 = {longest}"
+        )

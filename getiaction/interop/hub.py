@@ -13,9 +13,7 @@ FILES = ("*.json", "*.safetensors")
 
 def is_repo_id(source: str) -> bool:
     """Tell whether `source` can be a name on the Hub, `owner/name` or `owner/name@revision`; a local folder is none."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source):
-        return False
-    return not Path(source.split("/")[0]).is_dir()  # outputs/mistyped
+    return re.fullmatch(r"(?!outputs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source) is not None
 
 
 def fetch_policy(source: str, key: str) -> Path:

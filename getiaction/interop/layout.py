@@ -1,8 +1,30 @@
 """Name the files of a policy folder, LeRobot's and ours."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 CONFIG, EXTRA, WEIGHTS = "config.json", "getiaction.json", "model.safetensors"
 OURS = "getiaction_diffusion"
 """The policy type of what LeRobot has no equal for: LeRobot refuses it."""
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
 PREPROCESSOR_STATE = f"{PREPROCESSOR}_step_3_normalizer_processor.safetensors"
 POSTPROCESSOR_STATE = f"{POSTPROCESSOR}_step_0_unnormalizer_processor.safetensors"
+FILES = (
+    CONFIG,
+    EXTRA,
+    WEIGHTS,
+    f"{PREPROCESSOR}.json",
+    f"{POSTPROCESSOR}.json",
+    PREPROCESSOR_STATE,
+    POSTPROCESSOR_STATE,
+    "train_config.json",
+)
+"""All that a policy folder of today can hold; nothing else is ever sent anywhere."""
+
+
+def run_of(policy_folder: Path) -> Path | None:
+    """Return the run that a policy folder belongs to, <run>/checkpoints/<step>/pretrained_model; None if to none."""
+    folder = policy_folder.resolve()
+    in_run = folder.name == "pretrained_model" and folder.parent.parent.name == "checkpoints"
+    return folder.parent.parent.parent if in_run else None

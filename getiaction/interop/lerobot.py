@@ -7,9 +7,10 @@ today and of its older versions are opened as well, and so are policies on the H
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,25 @@ def load_policy(source: str | Path, *, device: str | torch.device = "cpu") -> Di
     """
     folder = find_policy_folder(source)
     described, statistics, weights = read_policy(folder)
-    policy = build(described, statistics)
+    with naming(folder):
+        policy = build(described, statistics)
     load_weights(policy, weights, folder / WEIGHTS)
-    if (folder / EXTRA).exists():
-        warn_of_edits(folder, policy)
+    with naming(folder):
+        if (folder / EXTRA).exists():
+            warn_of_edits(folder, policy)
     return policy.to(device).eval()
+
+
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Turn what the files of a damaged or foreign folder lead to into an error that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (SafetensorError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{folder} is damaged, or no policy that this version knows: {said}") from error
 
 
 def find_policy_folder(source: str | Path, key: str = "checkpoint") -> Path:
@@ -115,13 +130,11 @@ def find_policy_folder(source: str | Path, key: str = "checkpoint") -> Path:
 
 def read_policy(folder: Path) -> tuple[dict[str, Any], Statistics, dict[str, Tensor]]:
     """Return what `build` needs, the normalisation statistics, and the weights by our names."""
-    try:
+    with naming(folder):
         weights = {key.replace(COMPILED, ""): value for key, value in load_file(folder / WEIGHTS).items()}
         if not (folder / EXTRA).exists():
             return read_foreign(folder, weights)
         return json.loads((folder / EXTRA).read_text()), read_statistics(folder / PREPROCESSOR_STATE), weights
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} is damaged ({error}): copy or fetch it again") from error
 
 
 def read_statistics(path: Path) -> dict[str, dict[str, Tensor]]:

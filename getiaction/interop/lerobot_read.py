@@ -52,6 +52,46 @@ POLICY_KEYS = (
     "use_separate_rgb_encoder_per_camera",
     "do_mask_loss_for_padding",
 )
+ENCODER_KEYS = (
+    "vision_backbone",
+    "use_group_norm",
+    "crop_shape",
+    "crop_is_random",
+    "spatial_softmax_num_keypoints",
+)
+SHAPE_KEYS = (
+    "type",
+    "noise_scheduler_type",
+    "input_features",
+    "output_features",
+    "normalization_mapping",
+    "input_shapes",
+    "output_shapes",
+    "input_normalization_modes",
+    "output_normalization_modes",
+)
+WITHOUT_EFFECT = (  # on how a policy acts
+    "device",
+    "use_amp",
+    "use_peft",
+    "push_to_hub",
+    "repo_id",
+    "private",
+    "tags",
+    "license",
+    "pretrained_path",
+    "pretrained_revision",
+    "pretrained_backbone_weights",
+    "compile_model",
+    "compile_mode",
+    "drop_n_last_frames",
+    "optimizer_lr",
+    "optimizer_betas",
+    "optimizer_eps",
+    "optimizer_weight_decay",
+    "scheduler_name",
+    "scheduler_warmup_steps",
+)
 PASSING_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
 BUFFERS = ("normalize_inputs", "normalize_targets", "unnormalize_outputs")
 STATISTICS = ("min", "max", "mean", "std")
@@ -115,6 +155,12 @@ class Config:
                 f"{self.folder} holds a policy of type {kind}, which has no equal here: this package has diffusion "
                 "policies only; LeRobot itself runs that one"
             )
+        known = {*ADDED_LATER, *UNET_KEYS, *POLICY_KEYS, *ENCODER_KEYS, *SCHEDULER_KEYS, *SHAPE_KEYS, *WITHOUT_EFFECT}
+        if unknown := sorted(self.content.keys() - known):
+            raise InputError(
+                f"{self.folder / CONFIG} has {', '.join(unknown)}, which LeRobot's diffusion policy does not have "
+                "up to 0.6.1: what it means is unknown here"
+            )
         if self.content.get("use_peft"):
             raise InputError(f"{self.folder} holds a PEFT adapter, which has no equal here: merge it in LeRobot first")
 
@@ -175,8 +221,15 @@ class Config:
             "scheduler": {"class": names[scheduler], "config": {key: self[key] for key in SCHEDULER_KEYS}},
             "encoder": self.describe_encoder() if cameras else None,
             "unet": {key: self[key] for key in UNET_KEYS},
-            "policy": {key: self[key] for key in POLICY_KEYS},
+            "policy": {**{key: self[key] for key in POLICY_KEYS}, "n_action_steps": self.executed_steps()},
         }
+
+    def executed_steps(self) -> int:
+        """Return how many actions LeRobot really executes where it was asked for more than lie ahead."""
+        asked, longest = self["n_action_steps"], self["horizon"] - self["n_obs_steps"] + 1
+        if asked > longest >= 1:
+            log.warning("warning: %s asks for n_action_steps=%s, of which %s exist", self.folder, asked, longest)
+        return min(asked, longest)
 
     def describe_encoder(self) -> dict[str, Any]:
         """Return the arguments of `ImageEncoder`; a ratio crops what was resized, a shape what was recorded."""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from getiaction.errors import InputError
+from getiaction.interop.layout import run_of
 from getiaction.report.evaluation import NUMBERS
 
 TEMPLATE = """# {name}
@@ -47,11 +48,12 @@ NOT_LEROBOT = "LeRobot has no equal for this policy ({reasons}). With GetiAction
 
 
 def read_run(policy_folder: Path) -> dict[str, Any]:
-    """Return `config` and `run`, what `config.yaml` and `run.json` of a policy's run say; empty if it has no run."""
-    run = policy_folder.resolve().parents[2]  # <run>/checkpoints/<step>/pretrained_model
-    if not all((run / name).exists() for name in ("config.yaml", "run.json")):
+    """Return a policy's run: `folder`, and `config` and `run`, what its files say; empty if it has none."""
+    run = run_of(policy_folder)
+    if run is None or not all((run / name).exists() for name in ("config.yaml", "run.json")):
         return {}
     return {
+        "folder": run,
         "config": yaml.safe_load((run / "config.yaml").read_text()),
         "run": json.loads((run / "run.json").read_text()),
     }
@@ -67,9 +69,9 @@ def find_evaluation(policy_folder: Path, given: Path | None) -> Path | None:
         if not (given / NUMBERS).exists():
             raise InputError(f"--evaluation {given} holds no {NUMBERS}: give outputs/evaluate/<date_time>")
         return given
-    step = policy_folder.resolve().parent.name
-    own = policy_folder.resolve().parents[2] / "evaluation" / step
-    return own if (own / NUMBERS).exists() else None
+    run = run_of(policy_folder)
+    own = run / "evaluation" / policy_folder.resolve().parent.name if run else None
+    return own if own and (own / NUMBERS).exists() else None
 
 
 def name_env(made: dict[str, Any], numbers: dict[str, Any] | None) -> str:

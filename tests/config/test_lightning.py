@@ -23,6 +23,7 @@ from getiaction.config.lightning import keys
 from getiaction.config.lightning.arguments import read_arguments
 from getiaction.config.lightning.translate import translate
 from getiaction.config.lightning.translation import Translation
+from getiaction.config.overrides import as_override, quote
 from getiaction.config.value_checks import look_up
 from getiaction.errors import InputError
 
@@ -198,19 +199,34 @@ def test_other_keys_arrive(option: str, pusht_like: Path) -> None:
         ("--model=getiaction.policies.ACT", r"model\.class_path=getiaction\.policies\.ACT has no equal here"),
         ("--model.policy_name=act", r"policy_name=act has no equal here: there is diffusion"),
         ("--model.noise_scheduler_type=EDM", r"noise_scheduler_type=EDM must be DDPM or DDIM"),
-        ("--model.horizon=ten", r"model\.init_args\.horizon=ten must be a whole number"),
+        ("--model.horizon=ten", r"model\.init_args\.horizon='ten' must be a whole number of"),
         ("--model.down_dims=3", r"model\.init_args\.down_dims=3 must be a list of numbers"),
         ("--model.beta_schedule=steep", r"model\.init_args\.beta_schedule=steep: steep is not implemented"),
         (
             "--ckpt_path=epoch=3.ckpt",
             r"ckpt_path=epoch=3\.ckpt is a file of Lightning's, a pickle, which is never opened",
         ),
+        ("--trainer={max_epochs: -1, max_steps: -1}", r"trainer\.max_epochs=-1 never ends: give a number"),
+        ("--trainer.accumulate_grad_batches=0", r"trainer\.accumulate_grad_batches=0 must be a whole number"),
+        ("--trainer.enable_checkpointing=maybe", r"trainer\.enable_checkpointing='maybe' must be true or false"),
+        ("--model.resize_shape=96", r"resize_shape=96 must be \[height, width\]"),
+        ("--model.config_kwargs=foo", r"config_kwargs='foo' must be a mapping"),
+        (
+            "--model.init_args={n_obs_steps: 4, horizon: 2, down_dims: [512]}",
+            r"n_obs_steps=4 must be at most horizon=2",
+        ),
+        ("--data.episodes=5", r"data\.init_args\.episodes=5 must be a list of whole numbers"),
+        ("--data.train_batch_size=many", r"train_batch_size='many' must be a whole number"),
+        ("--data.delta_timestamps=[0.1]", r"delta_timestamps=\[0\.1\] must be a mapping"),
+        ("--data.delta_timestamps.action=[]", r"delta_timestamps\.action=\[\] must be a list of seconds"),
+        ("--data.delta_timestamps.action=[0.0,0.1,...,-1.5]", "must be a list of seconds"),
+        ("--data.delta_timestamps.action=[0.0,.inf]", "must be a list of seconds"),
         ("--trainer.precision=8", r"trainer\.precision=8 must be one of 32"),
         ("--trainer.accelerator=tpu", r"trainer\.accelerator=tpu must be one of auto, gpu"),
         ("--trainer.strategy=fsdp", r"trainer\.strategy=fsdp has no equal here"),
         ("--trainer.devices=none", r"trainer\.devices=none must be a number, a list or auto"),
         ("--trainer.gradient_clip_algorithm=value", "there is norm only"),
-        ("--data.val_gyms={class_path: x.MyGym}", r"val_gyms=MyGym has no equal here"),
+        ("--data.val_gyms={class_path: x.MyGym}", r"val_gyms=MyGym must be one of PushTGym"),
         ("--data.delta_timestamps.action=soon", r"delta_timestamps\.action=soon must be a list of seconds"),
     ],
 )
@@ -267,11 +283,80 @@ def test_what_cannot_be_read_is_said(arguments: list[str], said: str) -> None:
         read_arguments(arguments)
 
 
-@pytest.mark.parametrize(("content", "said"), [("a: [", "is no YAML"), ("- 1", "must hold model:, data: and trainer:")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: [", "is no YAML"),
+        ("- 1", "must hold model:, data: and trainer:"),
+        ("model: {init_args: foo}", "must be class_path: and init_args:"),
+        ("trainer: [1]", r"trainer=\[1\] must hold keys"),
+        ("getiaction: foo", "getiaction=foo must hold keys"),
+        ("seed_everything: ${oc.env:NOT_SET_ANYWHERE}", "is no YAML: .*NOT_SET_ANYWHERE"),
+    ],
+)
 def test_a_damaged_file_is_named(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(InputError, match=said):
         read_arguments(["--config", str(tmp_path / "x.yaml")])
+
+
+def test_short_keys_of_a_later_file_win(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("model: {init_args: {horizon: 16}}\ndata: {init_args: {train_batch_size: 8}}")
+    (tmp_path / "two.yaml").write_text("model: {horizon: 32}\ndata: {train_batch_size: 4}\ntrainer:\n")
+    found = read_arguments(["-c", str(tmp_path / "one.yaml"), "--config", str(tmp_path / "two.yaml")]).content
+    assert found == {"model": {"init_args": {"horizon": 32}}, "data": {"init_args": {"train_batch_size": 4}}}
+
+
+def test_quoted_values_are_read_as_what_they_are(pusht_like: Path, tmp_path: Path) -> None:
+    (tmp_path / "größe.yaml").write_text(
+        "model: {init_args: {use_group_norm: 'false', num_inference_steps: '10', learning_rate: '1e-3'}}\n"
+        "data: {init_args: {train_batch_size: '64', revision: '1.10'}}\n"
+        "trainer: {enable_checkpointing: 'false', check_val_every_n_epoch: 5, accumulate_grad_batches: null}\n"
+    )
+    found = read("--config", str(tmp_path / "größe.yaml"), root=pusht_like)
+    config = compose(found.overrides)
+    assert (config.backbone["norm"], config.policy.num_inference_steps, config.optimizer["lr"]) == ("batch", 10, 1e-3)
+    assert (config.training.batch_size, config.training.save_every) == (64, None)
+    assert (config.dataset.revision, config.name) == ("1.10", "gr__e")
+
+
+def test_a_given_resize_shape_is_never_changed(pusht_like: Path) -> None:
+    for resize in ([224, 224], [64, 64]):
+        found = read(f"--model.resize_shape={json.dumps(resize)}", "--strict", root=pusht_like)
+        backbone = compose(found.overrides).backbone
+        assert (backbone["resize_shape"], backbone["crop_shape"]) == (resize, None)  # as LeRobot: no ratio, no crop
+    half = read("--model.resize_shape=[96,96]", "--model.crop_ratio=0.5", "--strict", root=pusht_like)
+    assert compose(half.overrides).backbone["crop_shape"] == [48, 48]
+    alone = read("--model.crop_ratio=0.5", root=pusht_like)
+    assert "model.init_args.crop_ratio: a share of resize_shape alone, without crop_shape" in alone.left_out
+
+
+def test_gyms_and_loggers(pusht_like: Path) -> None:
+    gym = "{class_path: getiaction.gyms.PushTGym, init_args: {seed: 1}}"
+    loggers = "[{class_path: x.WandbLogger, init_args: {project: p, entity: me, name: n}}, {class_path: x.CSVLogger}]"
+    given = [f"--data.val_gyms=[{gym}]", "--data.num_rollouts_val=5", f"--trainer.logger={loggers}"]
+    found = read(*given, root=pusht_like)
+    config = compose(found.overrides)
+    assert (config.evaluation.every, config.evaluation.episodes, config.validation.every) == (6, 5, 5000)
+    assert (config.tracker.name, config.tracker.project, config.tracker.entity) == ("wandb", "p", "me")
+    listed = " ".join(found.left_out)
+    for name in ("val_gyms.init_args", "trainer.logger.init_args.name", "trainer.logger CSVLogger"):
+        assert name in listed
+    assert (
+        compose(read("--trainer.logger=x.TensorBoardLogger", root=pusht_like).overrides).tracker.name == "tensorboard"
+    )
+
+
+def test_data_of_a_folder_alone_have_its_name(pusht_like: Path) -> None:
+    assert compose(read(root=pusht_like).overrides).dataset.repo_id == f"local/{pusht_like.name}"
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", "a\\b", "end\\", "\\'", "null", "true", "nan", "1e5", "ä=b,c", "[x]", "", "/a/b.c"]
+)
+def test_hydra_reads_back_what_is_quoted(value: str) -> None:
+    assert compose([f"dataset.root={quote(value)}"]).dataset.root == value
+    assert shlex.split(as_override("dataset.root", value)) == [f"dataset.root={quote(value)}"]
 
 
 # --- what contradicts itself ------------------------------------------------------------------------------------------
@@ -348,6 +433,16 @@ CONTRADICTIONS: dict[str, tuple[list[str], str, dict[str, Any]]] = {
         "delta_timestamps.observation.force left out: the dataset has observation.state",
         {},
     ),
+    "a key of config_kwargs": (
+        ["--model=LeRobotPolicy", "--model.horizon=32", "--model.config_kwargs={horizon: 16}"],
+        "horizon 32 -> 16: config_kwargs says so",
+        {"policy.horizon": 16},
+    ),
+    "two names of one thing": (
+        ["--model.device=cuda", "--trainer.accelerator=cpu"],
+        "model.init_args.device cuda -> cpu: trainer.accelerator says so",
+        {"hardware.device": "cpu"},
+    ),
     "two learning rates": (
         ["--model.learning_rate=1e-3", "--model.optimizer_lr=1e-4"],
         "optimizer_lr 0.0001 -> 0.001: learning_rate says so",
@@ -370,9 +465,7 @@ def test_a_contradiction_is_mended_aloud_and_refused_when_strict(name: str, push
 
 def test_what_took_no_effect_in_the_first_getiaction_is_said(pusht_like: Path) -> None:
     found = read("--model.scheduler_warmup_steps=7", "--strict", root=pusht_like)
-    assert (
-        "in effect here, while the first GetiAction read them and left it at that: scheduler_warmup" in found.notes[0]
-    )
+    assert "in effect here, only read by the first GetiAction: scheduler_warmup_steps" in found.notes
 
 
 def test_windows_that_fit_are_no_contradiction(pusht_like: Path) -> None:
@@ -382,8 +475,8 @@ def test_windows_that_fit_are_no_contradiction(pusht_like: Path) -> None:
 
 
 def test_data_without_pictures_need_no_backbone(make_dataset: Callable[..., Path]) -> None:
-    found = read("--model.vision_backbone=resnet18", root=make_dataset(cameras=()))
-    assert "vision_backbone none: the dataset has no pictures" in found.changed
+    found = read("--model.vision_backbone=resnet18", "--strict", root=make_dataset(cameras=()))
+    assert "model.init_args.vision_backbone: the dataset has no pictures" in found.left_out
     assert compose(found.overrides).backbone["_target_"] is None
 
 
@@ -443,6 +536,12 @@ def test_fit_validate_and_test(pusht_like: Path, tmp_path: Path) -> None:
     measured = next(line for line in metrics if "val_loss" in line)
     expected = [f"{name} {measured[name]:.4f}" for name in ("val_loss", "val_action_error")]
     assert validated.stdout.splitlines()[-2:] == expected
+
+    (tmp_path / "other.yaml").write_text(TINY)
+    other = ["--config", "other.yaml", "--data.root", str(pusht_like), "--trainer.max_steps=3"]
+    resumed = run(tmp_path, "fit", *other, "--ckpt_path", "one/checkpoints/last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "one/checkpoints/000003").exists()
 
     rolled = [*file, "--ckpt_path", "one", "--data.num_rollouts_test=2", "--data.max_episode_steps=5"]
     tested = run(tmp_path, "test", *rolled)

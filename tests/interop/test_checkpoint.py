@@ -233,3 +233,10 @@ def test_weights_that_do_not_fit_are_refused(written: Path) -> None:
     (written / EXTRA).write_text(json.dumps(described))
     with pytest.raises(InputError, match=r"model\.safetensors do not fit their policy\. \d+ of another shape: diff"):
         load_policy(written)
+
+
+def test_what_our_own_file_lacks_is_named(written: Path) -> None:
+    for content in ("{}", "[]", "{"):
+        (written / EXTRA).write_text(content)
+        with pytest.raises(InputError, match="pretrained_model is damaged, or no policy that this version knows: "):
+            load_policy(written)

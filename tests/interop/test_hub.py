@@ -62,6 +62,7 @@ def test_a_policy_is_pushed_with_its_card_and_comes_back(
     source = shutil.copytree(keypoints_run, tmp_path / "run", symlinks=True)
     described = {"command": ["train.py", "+preset=pusht_keypoints"], "commit": "abc", "device": "a CPU", "versions": {}}
     (source / "run.json").write_text(json.dumps(described))
+    (source / "checkpoints/last/pretrained_model/.env").write_text("SECRET=1")
     evaluated = run("evaluate", f"checkpoint={source}", *EVALUATE, f"output_dir={tmp_path / 'evaluated'}")
     assert evaluated.returncode == 0, evaluated.stderr
 
@@ -72,7 +73,8 @@ def test_a_policy_is_pushed_with_its_card_and_comes_back(
     assert pushed.stdout.strip() == f"{hub.endpoint}/me/policy/commit/{stand_in.SHA}"
     files, folder = hub.repos["models/me/policy"], source / "checkpoints/last/pretrained_model"
     assert "me/policy" in hub.private
-    for path in folder.iterdir():
+    assert ".env" not in files
+    for path in (path for path in folder.iterdir() if path.name != ".env"):
         assert files[path.name] == path.read_bytes()
     assert {"evaluation/evaluation.json", "evaluation/contact_sheet.png", "config.yaml"} <= files.keys()
     assert sum(name.endswith(".mp4") for name in files) == 3
@@ -191,6 +193,7 @@ def test_names_on_the_hub(source: str, expected: bool) -> None:
 
 
 def test_a_mistyped_local_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "outputs").mkdir()
+    (tmp_path / "lerobot").mkdir()
     monkeypatch.chdir(tmp_path)
     assert not is_repo_id("outputs/pusht_cpu")
+    assert is_repo_id("lerobot/diffusion_pusht")  # beside a clone of LeRobot

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import CONFIG, EXTRA, POSTPROCESSOR, PREPROCESSOR, PREPROCESSOR_STATE, WEIGHTS
 from getiaction.interop.lerobot import load_policy, write_policy
+from getiaction.interop.lerobot_read import Config
 
 STATE, ENV, IMAGE, ACTION = "observation.state", "observation.environment_state", "observation.image", "action"
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
@@ -248,6 +250,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "an adapter": (set_key("use_peft", True), "PEFT adapter"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "has neither getiaction.json nor config.json"),
     "no horizon": (lambda f: edit(f / CONFIG, lambda c: c.pop("horizon")), "config.json has no horizon"),
+    "an unknown key": (set_key("use_new_loss", True), "config.json has use_new_loss, which LeRobot's diffusion policy"),
+    "a horizon that does not fit": (set_key("horizon", 17), "horizon=17 must be divisible by 2"),
+    "groups that do not fit": (set_key("n_groups", 7), "is damaged, or no policy that this version knows: "),
+    "an unknown schedule": (set_key("beta_schedule", "steep"), "no policy that this version knows: steep is not"),
+    "features without a type": (set_key("input_features", {"observation.state": {}}), "version knows: no 'type'"),
+    "config of another kind": (lambda f: (f / CONFIG).write_text("[]"), "is damaged, or no policy"),
+    "config in bytes": (lambda f: (f / CONFIG).write_bytes(b"\xff{}"), "is damaged, or no policy"),
+    "a processor without steps": (lambda f: (f / f"{PREPROCESSOR}.json").write_text("{}"), "version knows: no 'steps'"),
     "another scheduler": (set_key("noise_scheduler_type", "EDM"), "noise_scheduler_type=EDM must be one of DDPM, DDIM"),
     "no action": (set_key("output_features", {}), "the output must be action, got nothing"),
     "a missing tensor": (set_weights(lambda w: w.pop(BIAS)), f"1 missing: {BIAS}"),
@@ -281,6 +291,21 @@ def test_what_has_no_equal_is_said(today: Make, name: str, tmp_path: Path) -> No
     change(folder)
     with pytest.raises(InputError, match=message):
         load_policy(folder)
+
+
+def test_more_actions_than_lie_ahead_are_as_many_as_lerobot_executes(
+    today: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(today("keypoints"), tmp_path)
+    set_key("n_action_steps", 99)(folder)
+    assert load_policy(folder).n_action_steps == 15
+    assert "asks for n_action_steps=99, of which 15 exist" in caplog.text
+
+
+def test_every_key_of_lerobots_config_is_known(today: Make) -> None:
+    Config(
+        today("picture"), {field.name: None for field in fields(DiffusionConfig)} | {"type": "diffusion"}
+    ).check_type()
 
 
 def test_untrained_statistics_are_refused(today: Make, tmp_path: Path) -> None:

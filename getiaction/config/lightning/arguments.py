@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -39,13 +39,13 @@ def read_arguments(given: list[str]) -> Arguments:
     Raises:
         InputError: a file that cannot be read, a key without a value, or no option at all.
     """
-    found, merged = Arguments(), DictConfig({})
+    found = Arguments()
     left = list(given)
     while left:
         option = left.pop(0)
-        if not option.startswith("--"):
+        if not option.startswith("--") and option != "-c":
             raise InputError(f"{option} is no option: files come with --config {option}, keys with --model.horizon 16")
-        name, equals, value = option[2:].partition("=")
+        name, equals, value = option.lstrip("-").partition("=")
         if name in FLAGS and not equals:
             setattr(found, name, True)
             continue
@@ -57,14 +57,13 @@ def read_arguments(given: list[str]) -> Arguments:
             found.files.append(Path(value))
             content = read_file(Path(value))
         else:
-            content = OmegaConf.create(nest(full_name(name), read_value(name, value)))
-        merged.merge_with(content)
-    found.content = plain(merged)
+            content = nest(full_name(name), read_value(name, value))
+        merge(found.content, content)
     return found
 
 
-def read_file(path: Path) -> DictConfig:
-    """Read a YAML file; `null` sections count as empty.
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML file; empty sections are left out, and keys without `init_args` brought there.
 
     Raises:
         InputError: it is not there, or no YAML mapping.
@@ -72,17 +71,43 @@ def read_file(path: Path) -> DictConfig:
     if not path.is_file():
         raise InputError(f"--config {path} does not exist")
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, DictConfig):
+    if not isinstance(content, dict):
         raise InputError(f"--config {path} must hold model:, data: and trainer:")
-    for section in list(content):
-        if content[section] is None:
-            del content[section]
-    if isinstance(content.get("model"), str):
-        content["model"] = {"class_path": content["model"]}
-    return content
+    sections = {str(name): section for name, section in content.items() if section is not None}
+    for name in NESTED:
+        if name in sections:
+            sections[name] = with_init_args(name, sections[name])
+    for name in ("trainer", "getiaction"):
+        if not isinstance(sections.get(name, {}), dict):
+            raise InputError(f"--config {path}: {name}={sections[name]} must hold keys")
+    return sections
+
+
+def with_init_args(name: str, section: Any) -> dict[str, Any]:
+    """Return a section as `class_path` and `init_args`, however short it was written.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(section, str):
+        return {"class_path": section}
+    if not isinstance(section, dict) or not isinstance(section.get("init_args") or {}, dict):
+        raise InputError(f"{name}={section} must be class_path: and init_args:")
+    short = {key: value for key, value in section.items() if key not in ("class_path", "init_args")}
+    path = {"class_path": section["class_path"]} if "class_path" in section else {}
+    return {**path, "init_args": {**short, **(section.get("init_args") or {})}}
+
+
+def merge(content: dict[str, Any], later: dict[str, Any]) -> None:
+    """Bring what comes later into `content`: mappings key by key, anything else whole."""
+    for key, value in later.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            merge(content[key], value)
+        else:
+            content[key] = value
 
 
 def read_value(name: str, value: str) -> Any:
@@ -92,7 +117,7 @@ def read_value(name: str, value: str) -> Any:
         InputError: it is no YAML.
     """
     try:
-        return OmegaConf.from_dotlist([f"value={value}"])["value"]
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"--{name} {value} cannot be read: lists are [1,2], words need no quotes") from error
 
@@ -114,14 +139,3 @@ def full_name(name: str) -> str:
     if not rest:
         return f"{section}.class_path"
     return name if rest.split(".")[0] in ("class_path", "init_args") else f"{section}.init_args.{rest}"
-
-
-def plain(content: Any) -> dict[str, Any]:
-    """Return a merged config as plain data, with the keys that leave out `init_args` in their place."""
-    merged: dict[str, Any] = OmegaConf.to_container(content, resolve=False)  # type: ignore[assignment]
-    for section in NESTED:
-        found = merged.get(section)
-        if isinstance(found, dict):
-            short = {key: found.pop(key) for key in list(found) if key not in ("class_path", "init_args")}
-            found["init_args"] = {**short, **(found.get("init_args") or {})}
-    return merged

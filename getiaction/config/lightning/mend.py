@@ -9,12 +9,14 @@ from typing import Any
 
 from getiaction.config.checks import HALF, NOISE_REACHED
 from getiaction.config.lightning.keys import MODEL_DEFAULTS
+from getiaction.config.lightning.values import is_number
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.data.windows import delta_timestamps
 from getiaction.errors import InputError
 
 MARGIN = 0.875  # of a resized picture's side is left by a crop: the reference's 84 of 96
 TOLERANCE_S = 1e-4
+MOST_TIMES = 10_000
 DOWN_DIMS = MODEL_DEFAULTS["down_dims"]
 
 
@@ -68,10 +70,7 @@ def mend_norm(mended: Mended) -> None:
 
 def mend_time(mended: Mended) -> None:
     """Make the horizon divisible by the U-Net's halvings, and the executed actions fit into it."""
-    dims, horizon = mended.get("down_dims", DOWN_DIMS), whole(mended, "horizon", 16)
-    if not isinstance(dims, list) or not dims:
-        raise InputError(f"model.init_args.down_dims={dims} must be a list of numbers, {DOWN_DIMS}")
-    levels = len(dims)
+    levels, horizon = len(mended.get("down_dims", DOWN_DIMS)), mended.get("horizon", 16)
     factor = 2**levels
     if horizon % factor:
         fit = math.ceil(horizon / factor) * factor
@@ -79,8 +78,13 @@ def mend_time(mended: Mended) -> None:
         why = f"the U-Net halves time {times}, and LeRobot opens multiples of {factor} only"
         mended.set("horizon", fit, why, default=16)
         horizon = fit
-    longest = horizon - whole(mended, "n_obs_steps", 2) + 1
-    if whole(mended, "n_action_steps", 8) > longest:
+    longest = horizon - mended.get("n_obs_steps", 2) + 1
+    if longest < 1:
+        raise InputError(
+            f"model.init_args.n_obs_steps={mended.get('n_obs_steps', 2)} must be at most horizon={horizon}, "
+            "which counts from the first observation"
+        )
+    if mended.get("n_action_steps", 8) > longest:
         why = f"of {horizon} predicted actions {longest} lie ahead: the first belong to past observations"
         mended.set("n_action_steps", longest, why, default=8)
 
@@ -89,7 +93,7 @@ def mend_noise(mended: Mended) -> None:
     """Let training see the noise that acting starts from, and act in no more steps than were trained."""
     import diffusers
 
-    steps = whole(mended, "num_train_timesteps", 100)
+    steps = mended.get("num_train_timesteps", 100)
     betas = {key: mended.values[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in mended.values}
     try:
         scheduler = diffusers.DDPMScheduler(steps, **{"beta_schedule": "squaredcos_cap_v2", **betas})
@@ -119,12 +123,12 @@ def mend_crop(mended: Mended, metadata: DatasetMetadata) -> None:
     """Resize pictures before a crop that would show less than half of them: "resolution" was meant."""
     crop, resize = mended.get("crop_shape", [84, 84]), mended.get("resize_shape", None)
     picture = resize or next((list(shape[1:]) for shape in metadata.cameras.values()), None)
-    if crop is None or picture is None or not is_pair(crop) or not is_pair(picture):
+    if crop is None or picture is None:
         return
     if any(side > whole for side, whole in zip(crop, picture, strict=True)):
         fit = [min(side, whole) for side, whole in zip(crop, picture, strict=True)]
         mended.set("crop_shape", fit, f"pictures have {picture[0]}x{picture[1]} pixels", default=[84, 84])
-    elif (shown := crop[0] * crop[1] / (picture[0] * picture[1])) < HALF:
+    elif resize is None and (shown := crop[0] * crop[1] / (picture[0] * picture[1])) < HALF:
         why = f"a crop of {crop[0]}x{crop[1]} shows {shown:.0%} of a {picture[0]}x{picture[1]} picture"
         if mended.get("crop_is_random", True):
             mended.set("resize_shape", [round(side / MARGIN) for side in crop], f"{why}; it is cropped from that now")
@@ -137,7 +141,7 @@ def mend_deltas(mended: Mended, deltas: dict[str, Any] | None, metadata: Dataset
     """Say where `delta_timestamps` are not what steps, horizon and frame rate make them; the latter are used."""
     if deltas is None:
         return
-    n_obs_steps, horizon = whole(mended, "n_obs_steps", 2), whole(mended, "horizon", 16)
+    n_obs_steps, horizon = mended.get("n_obs_steps", 2), mended.get("horizon", 16)
     seen = [key for key in (*metadata.vectors, *metadata.cameras) if key != "action"]
     wanted = delta_timestamps([*seen, "action"], n_obs_steps=n_obs_steps, horizon=horizon, fps=metadata.fps)
     for key, times in deltas.items():
@@ -173,34 +177,22 @@ def expand(key: str, times: Any) -> list[float]:
     Raises:
         InputError: they are no list of seconds.
     """
-    try:
-        if "..." not in times:
-            return [float(time) for time in times]
-        place = times.index("...")
-        first, second, last = float(times[place - 2]), float(times[place - 1]), float(times[-1])
-        count = round((last - first) / (second - first)) + 1
-        return [first + (second - first) * step for step in range(count)]
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(
-            f"data.init_args.delta_timestamps.{key}={times} must be a list of seconds, [0.0, 0.1, ..., 1.5]"
-        ) from error
-
-
-def whole(mended: Mended, key: str, default: int) -> int:
-    """Return a value that counts something.
-
-    Raises:
-        InputError: it is none.
-    """
-    value = mended.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"model.init_args.{key}={value} must be a whole number of at least 1")
-    return value
-
-
-def is_pair(shape: Any) -> bool:
-    """Tell whether a value is [height, width]."""
-    return isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape)
+    said = f"data.init_args.delta_timestamps.{key}={times}"
+    problem = InputError(f"{said} must be a list of seconds, [0.0, 0.1, ..., 1.5]")
+    if not isinstance(times, list) or not times:
+        raise problem
+    place = times.index("...") if "..." in times else None
+    if not all(is_number(time) for number, time in enumerate(times) if number != place):
+        raise problem
+    if place is None:
+        return [float(time) for time in times]
+    if place < 2 or place != len(times) - 2:
+        raise problem
+    first, step, last = times[0], times[1] - times[0], times[-1]
+    count = round((last - first) / step) + 1 if step > 0 else 0
+    if not 2 <= count <= MOST_TIMES:
+        raise problem
+    return [first + step * number for number in range(count)]
 
 
 def say(value: Any) -> str:

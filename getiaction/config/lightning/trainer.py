@@ -18,39 +18,54 @@ def set_trainer(trainer: dict[str, Any], found: Translation) -> None:
     for name, key in keys.TRAINER.items():
         if name in trainer:
             found.set(key, trainer[name], f"trainer.{name}")
-    steps, epochs = (found.values.get(f"training.{name}") for name in ("max_steps", "max_epochs"))
-    steps, epochs = (None if value in (None, -1) else value for value in (steps, epochs))
-    if steps is None and epochs is None:
+    steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+    if epochs == -1 and steps == -1:
+        raise InputError("trainer.max_epochs=-1 never ends: give a number, or trainer.max_steps")
+    if epochs is None and steps == -1:
         epochs = keys.LIGHTNING_MAX_EPOCHS
-    found.values |= {"training.max_steps": steps, "training.max_epochs": epochs}
+        found.notes.append(f"neither trainer.max_epochs nor max_steps is given: {epochs} epochs, as in Lightning")
+    lengths = {"training.max_steps": steps, "training.max_epochs": epochs}
+    found.values |= {key: None if value == -1 else value for key, value in lengths.items()}
     if trainer.get("gradient_clip_val") == 0:
         found.values["training.max_grad_norm"] = None
-    if trainer.get("gradient_clip_algorithm") not in (None, "norm"):
+    if trainer.get("gradient_clip_algorithm", "norm") != "norm":
         raise InputError(f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']}: there is norm only")
-    if (precision := trainer.get("precision")) is not None:
-        name = choice("trainer.precision", precision, keys.PRECISIONS)
+    if "precision" in trainer:
+        name = choice("trainer.precision", trainer["precision"], keys.PRECISIONS)
         found.set("hardware.mixed_precision", name, "trainer.precision")
-    if (accelerator := trainer.get("accelerator")) is not None:
-        name = choice("trainer.accelerator", accelerator, keys.ACCELERATORS)
+    if "accelerator" in trainer:
+        name = choice("trainer.accelerator", trainer["accelerator"], keys.ACCELERATORS)
         found.set("hardware.device", name, "trainer.accelerator")
     set_devices(trainer, found)
-    if trainer.get("enable_checkpointing") is False:
+    if not trainer.get("enable_checkpointing", True):
         found.set("training.save_every", None, "trainer.enable_checkpointing")  # the last one is always written
-    logger = trainer.get("logger")
-    for one in logger if isinstance(logger, list) else [logger]:
-        if isinstance(one, dict):
-            tracker = choice("trainer.logger", str(one.get("class_path")).rsplit(".", 1)[-1], keys.LOGGERS)
-            found.set("tracker", tracker, "trainer.logger")
-            if (project := (one.get("init_args") or {}).get("project")) is not None:
-                found.set("tracker.project", project, "trainer.logger")
+    set_logger(trainer.get("logger", False), found)
     for key, why in keys.TRAINER_WITHOUT_EFFECT.items():
-        if trainer.get(key) is not None:
+        if key in trainer:
             found.left_out.append(f"trainer.{key}: {why}")
+
+
+def set_logger(logger: Any, found: Translation) -> None:
+    """Set the tracker: the first of the loggers; the rest is listed."""
+    loggers = [one for one in (logger if isinstance(logger, list) else [logger]) if not isinstance(one, bool)]
+    for number, one in enumerate(loggers):
+        path, given = (one.get("class_path"), one.get("init_args") or {}) if isinstance(one, dict) else (one, {})
+        name = str(path).rsplit(".", 1)[-1]
+        tracker = choice("trainer.logger", name, keys.LOGGERS)
+        if number:
+            found.left_out.append(f"trainer.logger {name}: there is one tracker; metrics.jsonl is always written")
+            continue
+        found.set("tracker", tracker, "trainer.logger")
+        for key, value in given.items():
+            if key in ("project", "entity") and tracker == "wandb":
+                found.set(f"tracker.{key}", value, f"trainer.logger.init_args.{key}")
+            else:
+                found.left_out.append(f"trainer.logger.init_args.{key}: the tracker names its run after the folder")
 
 
 def set_devices(trainer: dict[str, Any], found: Translation) -> None:
     """Set the number of processes: one for each device."""
-    devices, strategy = trainer.get("devices"), trainer.get("strategy", "auto")
+    devices, strategy = trainer.get("devices"), str(trainer.get("strategy", "auto"))
     if strategy not in keys.STRATEGIES:
         raise InputError(f"trainer.strategy={strategy} has no equal here: there is {', '.join(keys.STRATEGIES)}")
     if devices is None:
@@ -70,22 +85,25 @@ def set_devices(trainer: dict[str, Any], found: Translation) -> None:
 
 
 def set_validation(
-    trainer: dict[str, Any], model: dict[str, Any], metadata: DatasetMetadata, found: Translation
+    trainer: dict[str, Any], data: dict[str, Any], model: dict[str, Any], metadata: DatasetMetadata, found: Translation
 ) -> None:
-    """Say in optimiser steps when to validate."""
-    if "validation.every" in found.values:
+    """Say in optimiser steps when to validate, and to roll out where there are gyms for it."""
+    values = found.values
+    interval, epochs = trainer.get("val_check_interval", 1.0), trainer.get("check_val_every_n_epoch", 1)
+    asked = [key for key in ("val_check_interval", "check_val_every_n_epoch") if key in trainer]
+    rolls_out = "val_gyms" in data
+    if not asked and not rolls_out:
         return
-    interval, epochs = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch")
-    accumulation = found.values.get("training.gradient_accumulation_steps", 1)
-    if isinstance(interval, int) and not isinstance(interval, bool):
-        found.set("validation.every", max(interval // accumulation, 1), "trainer.val_check_interval")
-    elif interval is not None or epochs is not None:
-        share = (interval if interval is not None else 1) * (epochs if epochs is not None else 1)
-        if not isinstance(share, int | float) or share <= 0:
-            raise InputError(f"trainer.check_val_every_n_epoch={epochs} must be a whole number of at least 1")
-        batch = found.values["training.batch_size"] * accumulation * found.values.get("hardware.num_processes", 1)
-        steps = max(math.ceil(share * count_samples(model, metadata, found.values) / batch), 1)
-        found.set("validation.every", steps, "trainer.check_val_every_n_epoch")
+    accumulation = values.get("training.gradient_accumulation_steps", 1)
+    batch = values["training.batch_size"] * accumulation * values.get("hardware.num_processes", 1)
+    if isinstance(interval, int):  # batches
+        steps = max(interval // accumulation, 1)
+    else:  # a share of an epoch
+        steps = max(math.ceil(interval * epochs * count_samples(model, metadata, values) / batch), 1)
+    if asked and "validation.every" not in values:
+        found.set("validation.every", steps, f"trainer.{asked[0]}")
+    if rolls_out and "evaluation.every" not in values:
+        found.set("evaluation.every", steps, "data.init_args.val_gyms")
 
 
 def count_samples(model: Mapping[str, Any], metadata: DatasetMetadata, values: Mapping[str, Any]) -> int:

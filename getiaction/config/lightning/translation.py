@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from getiaction.config.overrides import quote
 from getiaction.errors import InputError
 
 GROUPS = ("backbone", "unet", "scheduler", "optimizer", "dataset", "hardware", "env", "tracker")
@@ -32,7 +32,9 @@ class Translation:
     notes: list[str] = field(default_factory=list)
 
     def set(self, key: str, value: Any, source: str) -> None:
-        """Set a key, remembering what said so."""
+        """Set a key, remembering what said so; of two that differ the later holds, and that is said."""
+        if key in self.sources and self.values[key] != value:
+            self.changed.append(f"{self.sources[key]} {self.values[key]} -> {value}: {source} says so")
         self.values[key] = value
         self.sources[key] = source
 
@@ -64,17 +66,3 @@ def choice(name: str, value: Any, choices: Mapping[str, str]) -> str:
     if str(value) not in choices:
         raise InputError(f"{name}={value} must be one of {', '.join(choices)}")
     return choices[str(value)]
-
-
-def quote(value: Any) -> str:
-    """Return a value in the grammar of Hydra's overrides."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list | tuple):
-        return f"[{','.join(quote(item) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{quote(item)}' for key, item in value.items())}}}"
-    if isinstance(value, int | float) or re.fullmatch(r"[A-Za-z_./][\w./-]*", str(value)):
-        return str(value)
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
