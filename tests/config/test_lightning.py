@@ -209,6 +209,9 @@ def test_other_keys_arrive(option: str, pusht_like: Path) -> None:
         ("--trainer={max_epochs: -1, max_steps: -1}", r"trainer\.max_epochs=-1 never ends: give a number"),
         ("--trainer.accumulate_grad_batches=0", r"trainer\.accumulate_grad_batches=0 must be a whole number"),
         ("--trainer.enable_checkpointing=maybe", r"trainer\.enable_checkpointing='maybe' must be true or false"),
+        ("--trainer=5", r"trainer=5 must hold keys"),
+        ("--model.init_args=foo", r"model\.init_args=foo must hold keys"),
+        ("--getiaction=foo", r"getiaction=foo must hold keys"),
         ("--model.resize_shape=96", r"resize_shape=96 must be \[height, width\]"),
         ("--model.config_kwargs=foo", r"config_kwargs='foo' must be a mapping"),
         (

@@ -25,6 +25,8 @@ def translate(arguments: Arguments) -> Translation:
     """
     content = arguments.content
     check_names("", content, dict.fromkeys(keys.SECTIONS))
+    for name in ("model", "data", "trainer", "getiaction"):
+        check_mapping(name, content.get(name))
     found = Translation()
     if arguments.files and content.get("ckpt_path") is None:  # a run that goes on has its name
         found.set("name", re.sub(r"[^A-Za-z0-9_.-]", "_", arguments.files[-1].stem), "--config")
@@ -60,7 +62,14 @@ def read_section(section: str, content: dict[str, Any], classes: tuple[str, ...]
     path = content.get("class_path")
     if path is not None and str(path).rsplit(".", 1)[-1] not in classes:
         raise InputError(f"{section}.class_path={path} has no equal here: there is {' and '.join(classes)}")
+    check_mapping(f"{section}.init_args", content.get("init_args"))
     return dict(content.get("init_args") or {})
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Refuse a section that holds no keys."""
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{name}={value} must hold keys, {name}: {{key: value}}")
 
 
 def read_model(content: dict[str, Any], found: Translation) -> dict[str, Any]:
