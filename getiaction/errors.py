@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -28,4 +29,12 @@ def exit_with_message() -> Iterator[None]:
     try:
         yield
     except (InputError, TrainingError) as error:
+        let_go(error)
         stop(str(error), code=2 if isinstance(error, InputError) else 1)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold: CPython 3.12 may crash where a pipe's buffer lives until its very end."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
