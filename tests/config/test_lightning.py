@@ -493,7 +493,6 @@ model:
     down_dims: [16, 32]
     diffusion_step_embed_dim: 16
     num_train_timesteps: 20
-    spatial_softmax_num_keypoints: 8
     scheduler_warmup_steps: 1
 data:
   class_path: getiaction.data.lerobot.LeRobotDataModule
@@ -508,15 +507,21 @@ trainer:
 """
 
 
+@pytest.fixture(scope="session")
+def states_only(make_dataset: Callable[..., Path]) -> Path:
+    """Return a small dataset of PushT's states, without pictures: trains in a moment."""
+    return make_dataset(lengths=(31, 29, 30), cameras=(), state_dim=2, action_dim=2, fps=10)
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "getiaction.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_fit_validate_and_test(pusht_like: Path, tmp_path: Path) -> None:
+def test_fit_validate_and_test(states_only: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    file = ["--config", "tiny.yaml", "--data.root", str(pusht_like)]
+    file = ["--config", "tiny.yaml", "--data.root", str(states_only)]
     steps = ["--trainer.max_steps", "2", "--getiaction.output_dir", "one"]
     fitted = run(tmp_path, "fit", *file, *steps)
     assert fitted.returncode == 0, fitted.stderr
@@ -541,7 +546,7 @@ def test_fit_validate_and_test(pusht_like: Path, tmp_path: Path) -> None:
     assert validated.stdout.splitlines()[-2:] == expected
 
     (tmp_path / "other.yaml").write_text(TINY)
-    other = ["--config", "other.yaml", "--data.root", str(pusht_like), "--trainer.max_steps=3"]
+    other = ["--config", "other.yaml", "--data.root", str(states_only), "--trainer.max_steps=3"]
     resumed = run(tmp_path, "fit", *other, "--ckpt_path", "one/checkpoints/last")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "one/checkpoints/000003").exists()
@@ -552,9 +557,9 @@ def test_fit_validate_and_test(pusht_like: Path, tmp_path: Path) -> None:
     assert "2 episodes: score A" in tested.stdout
 
 
-def test_mistakes_end_with_2_and_name_the_keys_of_the_file(pusht_like: Path, tmp_path: Path) -> None:
+def test_mistakes_end_with_2_and_name_the_keys_of_the_file(states_only: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    file = ["--config", "tiny.yaml", "--data.root", str(pusht_like)]
+    file = ["--config", "tiny.yaml", "--data.root", str(states_only)]
     for arguments, said in {
         ("fit", *file, "--model.kernel_size=4"): "(unet.kernel_size is model.init_args.kernel_size)",
         ("validate", *file): "validate needs --ckpt_path",

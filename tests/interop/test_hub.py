@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from getiaction.errors import InputError
 from getiaction.interop.hub import is_repo_id
 from getiaction.interop.layout import EXTRA, WEIGHTS
+from getiaction.push import parser, push
 
 spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).parents[1] / "hub.py")
 assert spec is not None
@@ -132,9 +134,6 @@ def test_a_dataset_comes_from_the_hub_and_then_from_the_cache(
         done = run(*train, f"output_dir={name}", HF_HUB_OFFLINE=offline)
         assert done.returncode == 0, done.stderr
         assert (len(hub.asked) > asked) == (offline == "0")
-    unknown = run(*train, "dataset.repo_id=me/other", "output_dir=third")
-    assert unknown.returncode == 2
-    assert "dataset.repo_id=me/other is not in" in unknown.stderr
 
 
 @pytest.fixture(scope="session")
@@ -156,25 +155,20 @@ def test_what_the_hub_refuses_is_one_line(keypoints_run: Path, run: Run, tmp_pat
     assert "(RepositoryNotFoundError" in missing.stderr
 
 
-def test_bad_arguments_are_refused_before_anything_is_sent(
-    keypoints_run: Path, run: Run, hub: Any, make_run: Any
-) -> None:
-    other = make_run("seed=5")
-    evaluated = run("evaluate", f"checkpoint={other}", *EVALUATE, "output_dir=other", "videos=false")
-    assert evaluated.returncode == 0, evaluated.stderr
+def test_bad_arguments_are_refused_before_anything_is_sent(keypoints_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "evaluation.json").write_text(json.dumps({"weights": "of another"}))
     for arguments, said in {
         ("me",): "--repo-id me must be <owner>/<name>",
         ("me/policy", "--evaluation", "nowhere"): "--evaluation nowhere holds no evaluation.json",
-        ("me/policy", "--evaluation", "other"): "is of other weights than",
+        ("me/policy", "--evaluation", str(other)): "is of other weights than",
     }.items():
-        refused = run("push", str(keypoints_run), "--repo-id", *arguments)
-        assert refused.returncode == 2
-        assert said in refused.stderr
-    shown = run("push", str(keypoints_run), "--repo-id", "me/policy", "--dry-run")
-    assert shown.returncode == 0
-    assert "Not evaluated in a simulator." in shown.stdout
-    assert "  model.safetensors\n" in shown.stdout
-    assert hub.asked == []
+        with pytest.raises(InputError, match=said):
+            push(parser().parse_args([str(keypoints_run), "--repo-id", *arguments]))
+    shown = push(parser().parse_args([str(keypoints_run), "--repo-id", "me/policy", "--dry-run"]))
+    assert "Not evaluated in a simulator." in shown
+    assert shown.splitlines()[-1] == "  README.md"
 
 
 @pytest.mark.parametrize(
