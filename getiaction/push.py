@@ -62,7 +62,7 @@ def push(arguments: argparse.Namespace) -> str:
         numbers=numbers,
         license=arguments.license,
     )
-    files: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
+    files: dict[str, Path | bytes] = {path.name: path for name in FILES for path in sorted(folder.glob(name))}
     if evaluation is not None:
         found = [evaluation / NUMBERS, evaluation / SHEET, *sorted((evaluation / VIDEOS).glob("*.mp4"))]
         files |= {f"evaluation/{path.name}": path for path in found if path.exists()}

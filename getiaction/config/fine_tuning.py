@@ -15,6 +15,7 @@ from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import WEIGHTS
 from getiaction.interop.lerobot import check_weights, find_policy_folder, load_weights, read_policy
+from getiaction.interop.lerobot_files import SCHEDULER_KEYS
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
 from getiaction.policy.normalizer import Statistics
@@ -37,15 +38,6 @@ MAY_DIFFER = (  # a policy can be trained on with others of these
     "scheduler.clip_sample_range",
 )
 GROUPS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm_solver"}
-SCHEDULER_KEYS = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "clip_sample",
-    "clip_sample_range",
-)
 
 
 def check_init_from(config: Config, policy: DiffusionPolicy) -> None:

@@ -12,7 +12,7 @@ FILES = ("*.json", "*.safetensors")
 
 
 def is_repo_id(source: str) -> bool:
-    """Tell whether `source` can be a name on the Hub, `owner/name` or `owner/name@revision`; a local folder is none."""
+    """Tell whether `source` can be a name on the Hub, `owner/name` or `owner/name@revision`, and no run."""
     return re.fullmatch(r"(?!outputs/)[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", source) is not None
 
 

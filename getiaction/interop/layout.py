@@ -10,17 +10,8 @@ OURS = "getiaction_diffusion"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor", "policy_postprocessor"
 PREPROCESSOR_STATE = f"{PREPROCESSOR}_step_3_normalizer_processor.safetensors"
 POSTPROCESSOR_STATE = f"{POSTPROCESSOR}_step_0_unnormalizer_processor.safetensors"
-FILES = (
-    CONFIG,
-    EXTRA,
-    WEIGHTS,
-    f"{PREPROCESSOR}.json",
-    f"{POSTPROCESSOR}.json",
-    PREPROCESSOR_STATE,
-    POSTPROCESSOR_STATE,
-    "train_config.json",
-)
-"""All that a policy folder of today can hold; nothing else is ever sent anywhere."""
+FILES = (CONFIG, EXTRA, WEIGHTS, "train_config.json", f"{PREPROCESSOR}*.*", f"{POSTPROCESSOR}*.*")
+"""Patterns of all that a policy folder can hold (LeRobot numbers its processors' steps); nothing else is ever sent."""
 
 
 def run_of(policy_folder: Path) -> Path | None:
