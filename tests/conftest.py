@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the cores of others
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, and what they start, share the cores
+# A shell that starts pytest in the background makes it ignore Ctrl-C, and so every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+PATIENCE = 120  # seconds until a test gives up waiting for a process
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -39,6 +48,29 @@ def pusht_keypoints_root() -> Path:
             f"needs the real PushT keypoints in {SHARED / 'pusht_keypoints'} (they are not part of the repository)"
         )
     return SHARED / "pusht_keypoints"
+
+
+Creep = Callable[[subprocess.Popen[str], Callable[[], bool], Callable[[], str]], None]
+
+
+@pytest.fixture(scope="session")
+def creep() -> Creep:
+    """Return a function that lets a process run, a few milliseconds at a time, until something has happened.
+
+    A test on a busy machine may look away for longer than the process takes to its end. So it is stopped while the test
+    looks, and it is left stopped: send it a signal, then `SIGCONT`.
+    """
+
+    def until(process: subprocess.Popen[str], happened: Callable[[], bool], said: Callable[[], str]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            assert time.monotonic() < deadline, f"nothing happened in {PATIENCE} s:\n{said()}"
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.005)
+            process.send_signal(signal.SIGSTOP)
+            assert process.poll() is None, f"the process ended with {process.returncode} too early:\n{said()}"
+
+    return until
 
 
 MakeDataset = Callable[..., Path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -108,30 +107,30 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         )
 
 
-def stop_at(process: subprocess.Popen[str], folder: Path, count: int, number: int) -> int:
-    """Send a signal as soon as `count` episodes are there; return the exit code."""
-    deadline, log = time.monotonic() + PATIENCE, folder / "episodes.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < count + 1:
-        assert process.poll() is None, folder.with_suffix(".log").read_text()
-        assert time.monotonic() < deadline, folder.with_suffix(".log").read_text()
-        time.sleep(0.005)
-    os.kill(process.pid, number)
-    return process.wait(PATIENCE)
-
-
 def test_killed_interrupted_and_gone_on_equals_uninterrupted(
-    keypoints_run: Path, tmp_path: Path, command: Command
+    keypoints_run: Path, tmp_path: Path, command: Command, creep: Any
 ) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    log = folder / "episodes.jsonl"
+
+    def stop_at(process: subprocess.Popen[str], count: int, number: int) -> int:
+        def there() -> bool:
+            return log.exists() and len(log.read_text().splitlines()) > count  # and a line that says what it is
+
+        creep(process, there, folder.with_suffix(".log").read_text)
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        return process.wait(PATIENCE)
+
     assert command(f"checkpoint={keypoints_run}", *LONG, f"output_dir={whole}") == 0
     process = start(folder, f"checkpoint={keypoints_run}", *LONG)
-    assert stop_at(process, folder, 2, signal.SIGKILL) == -signal.SIGKILL
+    assert stop_at(process, 2, signal.SIGKILL) == -signal.SIGKILL
     killed = len(episodes(folder))
     assert 2 <= killed < 12
-    with (folder / "episodes.jsonl").open("a") as log:
-        log.write('{"seed": 1011, "success": fa')  # a line that the kill cut short
+    with log.open("a") as file:
+        file.write('{"seed": 1011, "success": fa')  # a line that the kill cut short
     process = start(folder, f"checkpoint={keypoints_run}", *LONG)
-    assert stop_at(process, folder, killed + 2, signal.SIGINT) == 130
+    assert stop_at(process, killed + 2, signal.SIGINT) == 130
     said = folder.with_suffix(".log").read_text()
     assert f"To go on: python -m getiaction.evaluate checkpoint={keypoints_run}" in said
     assert "Traceback" not in said

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+SMALL = 6144  # numbers, below which one slow operation costs less than seven fast ones
+
 
 class Mish(nn.Module):
     """Do what `nn.Mish` does: to float32's last digits on the CPU, by PyTorch's own kernel elsewhere."""
@@ -21,7 +23,15 @@ class Mish(nn.Module):
         """Map (...) to (...)."""
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
             return functional.mish(x)  # a compiler fuses it itself, and its gradients of ours come out as 0
-        return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish(x.float())[0].to(x.dtype)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Mish.apply(x)
+        return functional.mish(x) if x.numel() < SMALL else _mish(x.float())[0].to(x.dtype)
+
+
+def mish_(x: Tensor) -> Tensor:
+    """Do what `Mish` does without gradients, possibly in the place of x (...)."""
+    small = x.numel() < SMALL or x.dtype != torch.float32
+    return functional.mish(x, inplace=True) if small else _mish(x)[0]
 
 
 class _Mish(torch.autograd.Function):

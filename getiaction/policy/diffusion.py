@@ -6,7 +6,6 @@ Source: Chi et al., "Diffusion Policy", arXiv:2303.04137; DDPM: Ho et al., arXiv
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,7 +18,9 @@ from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
 from getiaction.policy.normalizer import Normalizer
+from getiaction.policy.steps import start
 from getiaction.policy.unet import ConditionalUnet1d
+from getiaction.policy.unrolled import can_unroll, unroll
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -209,12 +210,13 @@ class DiffusionPolicy(nn.Module):
             if isinstance(generator, list):
                 raise ValueError("one generator for each row needs noise= to start from")
             noise = torch.randn(shape, generator=generator, device=cond.device)
-        scheduler.set_timesteps(num_inference_steps or self.num_inference_steps)
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        timesteps, take = start(scheduler, num_inference_steps or self.num_inference_steps)
+        unet = self.diffusion.unet
+        films = unet.modulation(timesteps.to(cond.device).long(), cond)
+        unrolled = unroll(unet, films, self.horizon) if can_unroll(unet, cond) else None
         sample = noise * scheduler.init_noise_sigma
-        films = self.diffusion.unet.modulation(scheduler.timesteps.to(cond.device).long(), cond)
-        for timestep, film in zip(scheduler.timesteps, films, strict=True):
-            prediction = self.diffusion.unet.denoise(scheduler.scale_model_input(sample, timestep), film)
-            sample = scheduler.step(prediction.float(), timestep, sample, **extra).prev_sample
+        for number, timestep in enumerate(timesteps):
+            noisy = scheduler.scale_model_input(sample, timestep)
+            output = unrolled(noisy, number) if unrolled else unet.denoise(noisy, [film[number] for film in films])
+            sample = take(output.float(), number, sample, generator)
         return sample

@@ -111,7 +111,8 @@ class ConditionalUnet1d(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.down_dims, self.kernel_size, self.n_groups = tuple(down_dims), kernel_size, n_groups
+        self.action_dim, self.down_dims = action_dim, tuple(down_dims)
+        self.kernel_size, self.n_groups = kernel_size, n_groups
         self.diffusion_step_embed_dim = embed = diffusion_step_embed_dim
         self.use_film_scale_modulation = use_film_scale_modulation
         self.gradient_checkpointing = gradient_checkpointing
@@ -172,7 +173,7 @@ class ConditionalUnet1d(nn.Module):
 
         return self._pass(noisy_actions, run)
 
-    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[list[Tensor]]:
+    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[Tensor]:
         """Compute what every FiLM layer does at every denoising step, the observations' part of it only once.
 
         Args:
@@ -180,7 +181,7 @@ class ConditionalUnet1d(nn.Module):
             cond: (B, cond_dim), the encoded observations.
 
         Returns:
-            S lists, each with the values of every block, (B, C') or with scales (B, 2C').
+            The values for each block, (S, B, C') or with scales (S, B, 2C').
         """
         step, seen = self.activation(self.diffusion_step_encoder(timesteps)), self.activation(cond)
         split, films = self.diffusion_step_embed_dim, []
@@ -188,11 +189,11 @@ class ConditionalUnet1d(nn.Module):
             layer = cast(nn.Linear, block.cond_encoder[1])
             by_step = functional.linear(step, layer.weight[:, :split])  # (S, 2C')
             by_row = functional.linear(seen, layer.weight[:, split:], layer.bias)  # (B, 2C')
-            films.append((by_step[:, None] + by_row).unbind(0))  # S x (B, 2C')
-        return [list(values) for values in zip(*films, strict=True)]
+            films.append(by_step[:, None] + by_row)
+        return films
 
     def denoise(self, noisy_actions: Tensor, films: Sequence[Tensor]) -> Tensor:
-        """Do what `forward` does, (B, T, Da) to (B, T, Da), with one step's values of `modulation`."""
+        """Do what `forward` does, (B, T, Da) to (B, T, Da), with one step's values of `modulation`, (B, ...) each."""
         left = iter(films)
         return self._pass(noisy_actions, lambda block, x: block.modulate(x, next(left)))
 

@@ -27,11 +27,11 @@ class Oracle(nn.Module):
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * self.clean
         return {"epsilon": noise, "sample": self.clean, "v_prediction": velocity}[self.prediction_type]
 
-    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(timestep.expand(len(cond)), cond) for timestep in timesteps]
+    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[Tensor]:
+        return [timesteps[:, None].expand(-1, len(cond)), cond.expand(len(timesteps), *cond.shape)]
 
-    def denoise(self, noisy: Tensor, film: tuple[Tensor, Tensor]) -> Tensor:
-        return self(noisy, *film)
+    def denoise(self, noisy: Tensor, films: list[Tensor]) -> Tensor:
+        return self(noisy, *films)
 
 
 def random_batch(policy: DiffusionPolicy, batch_size: int = 4) -> dict[str, Tensor]:

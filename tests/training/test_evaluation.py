@@ -138,7 +138,7 @@ def test_the_best_can_be_evaluated_and_knows_its_simulator(states: Any, tmp_path
 
 
 def test_stopped_in_the_last_evaluation_and_gone_on_equals_uninterrupted(
-    states: Any, helpers: Any, tmp_path: Path
+    states: Any, helpers: Any, tmp_path: Path, creep: Any
 ) -> None:
     more = (*ROLLOUTS[:1], "env.max_steps=120", *ROLLOUTS[3:], "evaluation.final_episodes=10", "evaluation.num_envs=1")
     more = (*more, "hardware.num_threads=1", "evaluation.keep_best=true")
@@ -146,8 +146,10 @@ def test_stopped_in_the_last_evaluation_and_gone_on_equals_uninterrupted(
     states.train(whole, *more)
     process = states.start(folder, *more)
     log = folder / "evaluation/000004/episodes.jsonl"
-    helpers.wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 2, process, folder)
-    assert helpers.kill(process, signal.SIGTERM) == 128 + signal.SIGTERM
+    creep(process, lambda: log.exists() and len(log.read_text().splitlines()) > 2, lambda: helpers.said(folder))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert helpers.finish(process) == 128 + signal.SIGTERM
     assert "Traceback" not in helpers.said(folder)
     assert not scores(folder)
     assert 2 < len(log.read_text().splitlines()) < 11

@@ -1,0 +1,124 @@
+"""Take a denoising step of DDPM or DDIM with coefficients that were computed beforehand.
+
+Both estimate the clean sample, clip it, and mix it with what they had: with x the noisy sample and m the network's
+output, x0 = clip(a x + b m) and the next sample is c x0 + d x + e m + s z, z standard normal. diffusers computes the
+six numbers again at every step, on tensors of one element, which can take as long as a small network.
+Source: DDPM: Ho et al., arXiv:2006.11239, formula 7; DDIM: Song et al., arXiv:2010.02502, formula 12.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+Take = Callable[[Tensor, int, Tensor, Generators], Tensor]
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Hold the numbers of one step: x0 = clip(a x + b m), the next sample c x0 + d x + e m + s z."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    s: float
+
+    def take(self, output: Tensor, sample: Tensor, clip: float | None, generator: Generators) -> Tensor:
+        """Return the next sample, (B, T, Da) like both."""
+        clean = output if self.a == 0 and self.b == 1 else torch.add(sample * self.a, output, alpha=self.b)
+        if clip is not None:
+            clean = clean.clamp(-clip, clip)
+        following = clean * self.c
+        if self.d:
+            following.add_(sample, alpha=self.d)
+        if self.e:
+            following.add_(output, alpha=self.e)
+        if self.s:
+            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+            following.add_(noise, alpha=self.s)
+        return following
+
+
+def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
+    """Return the steps to denoise at, (S,) integers, and what takes them: from (output, number, sample, generator)."""
+    if (steps := known_steps(scheduler, num_inference_steps)) is not None:
+        clip = float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
+        timesteps, known = steps
+        return timesteps, lambda output, number, sample, generator: known[number].take(output, sample, clip, generator)
+    scheduler.set_timesteps(num_inference_steps)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    def take(output: Tensor, number: int, sample: Tensor, generator: Generators) -> Tensor:
+        extra = {"generator": generator} if takes_generator else {}
+        return scheduler.step(output, scheduler.timesteps[number], sample, **extra).prev_sample
+
+    return scheduler.timesteps, take
+
+
+@lru_cache(maxsize=16)
+def known_steps(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, list[Step]] | None:
+    """Return the steps to denoise at, (S,) integers, and their numbers; None for a scheduler of another form."""
+    kind, config = type(scheduler), scheduler.config
+    if kind not in (DDPMScheduler, DDIMScheduler) or config.thresholding:
+        return None
+    if kind is DDPMScheduler and config.variance_type not in VARIANCES:
+        return None
+    scheduler.set_timesteps(num_inference_steps)
+    alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.cpu().long()
+    steps = []
+    for t in timesteps.tolist():
+        alpha = float(alphas[t])
+        if kind is DDPMScheduler:
+            before = int(scheduler.previous_timestep(t))
+            alpha_before = float(alphas[before]) if before >= 0 else 1.0
+            steps.append(ddpm_step(alpha, alpha_before, config.prediction_type, config.variance_type, is_last=t == 0))
+        else:
+            before = t - config.num_train_timesteps // num_inference_steps
+            alpha_before = float(alphas[before] if before >= 0 else scheduler.final_alpha_cumprod)
+            steps.append(ddim_step(alpha, alpha_before, config.prediction_type))
+    return timesteps, steps
+
+
+def clean_from(alpha: float, prediction_type: str) -> tuple[float, float]:
+    """Return a and b, given the cumulative product of alphas."""
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    return {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}[
+        prediction_type
+    ]
+
+
+def ddpm_step(alpha: float, before: float, prediction_type: str, variance_type: str, *, is_last: bool) -> Step:
+    """Return DDPM's step from cumulative alpha to the one `before`."""
+    a, b = clean_from(alpha, prediction_type)
+    kept = alpha / before
+    variance = 1 - kept if variance_type == "fixed_large" else max((1 - before) / (1 - alpha) * (1 - kept), 1e-20)
+    return Step(
+        a=a,
+        b=b,
+        c=before**0.5 * (1 - kept) / (1 - alpha),
+        d=kept**0.5 * (1 - before) / (1 - alpha),
+        e=0.0,
+        s=0.0 if is_last else variance**0.5,
+    )
+
+
+def ddim_step(alpha: float, before: float, prediction_type: str) -> Step:
+    """Return DDIM's step, without noise, from cumulative alpha to the one `before`."""
+    a, b = clean_from(alpha, prediction_type)
+    signal, noise, rest = alpha**0.5, (1 - alpha) ** 0.5, (1 - before) ** 0.5
+    d, e = {"epsilon": (0.0, 1.0), "sample": (1 / noise, -signal / noise), "v_prediction": (noise, signal)}[
+        prediction_type
+    ]
+    return Step(a=a, b=b, c=before**0.5, d=rest * d, e=rest * e, s=0.0)

@@ -1,0 +1,230 @@
+"""Denoise on the CPU with as few operations as can be: the U-Net as a flat list of them.
+
+Who acts asks for one row, or a few. A layer then takes microseconds, and what costs is all that lies around it:
+modules, tensors that come and go, copies from one memory order to another. Here the same sums are a list of PyTorch
+calls on tensors that were made beforehand. Time comes before channels in memory, (B, T, C), so that a convolution is
+one copy, of its windows, and one matrix product that takes the weights as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy.activation import mish_
+from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
+
+LARGE = 2**16  # weights that are worth a second thread
+FEW = 32  # rows of a product that the library does in one thread
+_UNROLLED: WeakKeyDictionary[nn.Module, UnrolledUnet] = WeakKeyDictionary()  # the last one of each
+
+
+def unroll(unet: ConditionalUnet1d, films: Sequence[Tensor], horizon: int) -> UnrolledUnet:
+    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must."""
+    num_steps, batch_size = films[0].shape[:2]
+    unrolled = _UNROLLED.get(unet)
+    if unrolled is None or not unrolled.fits(unet, batch_size, horizon, num_steps):
+        _UNROLLED[unet] = unrolled = UnrolledUnet(unet, batch_size, horizon, num_steps)
+    unrolled.look(films)
+    return unrolled
+
+
+def can_unroll(unet: nn.Module, cond: Tensor) -> bool:
+    """Tell whether `unet` can be unrolled to act on `cond`, the encoded observations: plain inference on the CPU."""
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return isinstance(unet, ConditionalUnet1d) and cond.device.type == "cpu" and plain
+
+
+@dataclass(frozen=True)
+class Track:
+    """Hold a sequence, (B, T, C), between margins of zeros, for the convolutions that look past its ends."""
+
+    padded: Tensor  # (B, margin + T + margin, C)
+    margin: int
+
+    @property
+    def inner(self) -> Tensor:
+        """Return the sequence, (B, T, C)."""
+        return self.padded[:, self.margin : self.padded.shape[1] - self.margin]
+
+
+class UnrolledUnet:
+    """Do what `ConditionalUnet1d.denoise` does, for one batch of observations after the other.
+
+    Args:
+        unet: its weights are used where they lie, and may change there.
+        batch_size: B.
+        horizon: T.
+        num_steps: S, denoising steps.
+    """
+
+    def __init__(self, unet: ConditionalUnet1d, batch_size: int, horizon: int, num_steps: int) -> None:
+        weights = list(unet.parameters())
+        self._key = (batch_size, horizon, num_steps, torch.get_num_threads(), [weight.data_ptr() for weight in weights])
+        self._calls: list[Callable[[], object]] = []
+        self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
+        self._rows, self._steps, self._like, self._threads = batch_size, num_steps, weights[0], torch.get_num_threads()
+        self._number = 0
+        self._margin = max(unet.kernel_size // 2, 1)
+        self._input = x = self._track(horizon, unet.action_dim)
+        skips = []
+        for first, second, halve in levels(unet.down_modules):
+            x = self._block(second, self._block(first, x))
+            skips.append(x)
+            if isinstance(halve, nn.Conv1d):
+                x = self._keep(self._convolve(halve, x))
+        for middle in unet.mid_modules:
+            x = self._block(cast(ResidualBlock, middle), x)
+        for first, second, double in levels(unet.up_modules):
+            x = self._block(second, self._block(first, self._join(x, skips.pop())))
+            x = self._double(cast(nn.ConvTranspose1d, double), x)
+        convolution, norm, _ = cast(ConvBlock, unet.final_conv[0]).block
+        x = self._normalise(cast(nn.GroupNorm, norm), self._convolve(cast(nn.Conv1d, convolution), x))
+        self._output = self._convolve(cast(nn.Conv1d, unet.final_conv[1]), x)  # (B, T, Da)
+
+    def fits(self, unet: ConditionalUnet1d, batch_size: int, horizon: int, num_steps: int) -> bool:
+        """Tell whether a new one would be the same."""
+        addresses = [weight.data_ptr() for weight in unet.parameters()]
+        return self._key == (batch_size, horizon, num_steps, torch.get_num_threads(), addresses)
+
+    @torch.inference_mode()
+    def look(self, films: Sequence[Tensor]) -> None:
+        """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
+        for own, film in zip(self._films, films, strict=True):
+            own.copy_(film)
+
+    @torch.inference_mode()
+    def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
+        """Predict (B, T, Da) from (B, T, Da) at the denoising step `number`, counted from 0."""
+        self._number = number
+        self._input.inner.copy_(noisy_actions)
+        for call in self._calls:
+            call()
+        return self._output.clone()
+
+    def _block(self, block: ResidualBlock, x: Track) -> Track:
+        convolution, norm, _ = block.conv1.block
+        hidden = self._convolve(cast(nn.Conv1d, convolution), x)  # (B, T, C')
+        film = self._new(self._steps, self._rows, hidden.shape[2] * (2 if block.film_scale else 1))
+        self._films.append(film)
+        track = self._normalise(cast(nn.GroupNorm, norm), hidden, film=film, scales=block.film_scale)
+        convolution, norm, _ = block.conv2.block
+        around = block.residual_conv
+        residual = self._convolve(around, x) if isinstance(around, nn.Conv1d) else x.inner
+        hidden = self._convolve(cast(nn.Conv1d, convolution), track)
+        return self._normalise(cast(nn.GroupNorm, norm), hidden, residual=residual)
+
+    def _convolve(self, layer: nn.Conv1d, x: Track) -> Tensor:
+        """Convolve into a new (B, T', C'): copy the windows, multiply."""
+        size, ends = layer.kernel_size[0], self._margin - int(layer.padding[0])
+        windows = x.padded[:, ends : x.padded.shape[1] - ends].unfold(1, size, layer.stride[0])  # (B, T', C, k)
+        rows = self._new(*windows.shape)
+        self._calls.append(partial(rows.copy_, windows))
+        return self._multiply(rows.flatten(2), layer.weight.flatten(1), layer.bias)
+
+    def _multiply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply (B, T, K) by the transpose of (C, K) into a new (B, T, C)."""
+        (channels, size), rows = weight.shape, rows.flatten(0, 1)  # (B T, K)
+        product = self._new(len(rows), channels)
+        parts = self._threads if channels % self._threads == 0 and channels * size > LARGE else 1
+        if parts > 1 and len(rows) <= FEW:  # the library leaves few rows to one thread: a part of C for each
+            columns = weight.detach().unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, K, C / parts)
+            out = self._new(parts, len(rows), channels // parts)
+            self._calls.append(partial(torch.bmm, rows.expand(parts, *rows.shape), columns, out=out))
+            joined, out = product.unflatten(1, (parts, -1)), out.transpose(0, 1)  # (B T, parts, C / parts) both
+            add = partial(torch.add, out, bias.detach().view(parts, -1), out=joined) if bias is not None else None
+            self._calls.append(add or partial(joined.copy_, out))
+        elif bias is not None:
+            self._calls.append(partial(torch.addmm, bias.detach(), rows, weight.detach().t(), out=product))
+        else:
+            self._calls.append(partial(torch.mm, rows, weight.detach().t(), out=product))
+        return product.unflatten(0, (self._rows, -1))
+
+    def _normalise(
+        self,
+        norm: nn.GroupNorm,
+        x: Tensor,
+        *,
+        film: Tensor | None = None,
+        scales: bool = False,
+        residual: Tensor | None = None,
+    ) -> Track:
+        """Normalise groups of (B, T, C), Mish, then FiLM or add what went around, into a new track."""
+        track = self._track(x.shape[1], x.shape[2])
+        sizes = (x.shape[0], x.shape[2], x.shape[1])  # B, C, T
+        pictures, out = as_picture(x), as_picture(track.inner)
+        groups = partial(
+            torch.native_group_norm,
+            pictures,
+            norm.weight.detach(),
+            norm.bias.detach(),
+            *sizes,
+            norm.num_groups,
+            norm.eps,
+        )
+        if film is not None:
+            values = film[..., None, None]  # (S, B, C' or 2C', 1, 1)
+            if scales:
+                scale, bias = (part.unbind(0) for part in values.chunk(2, dim=2))
+                self._calls.append(
+                    lambda: torch.addcmul(bias[self._number], mish_(groups()[0]), scale[self._number], out=out)
+                )
+            else:
+                bias = values.unbind(0)
+                self._calls.append(lambda: torch.add(mish_(groups()[0]), bias[self._number], out=out))
+        elif residual is not None:
+            around = as_picture(residual)
+            self._calls.append(lambda: torch.add(mish_(groups()[0]), around, out=out))
+        else:
+            self._calls.append(lambda: out.copy_(mish_(groups()[0])))
+        return track
+
+    def _double(self, layer: nn.ConvTranspose1d, x: Track) -> Track:
+        """Double the resolution: output 2t is w1 x(t) + w3 x(t - 1), output 2t + 1 is w2 x(t) + w0 x(t + 1)."""
+        weight = layer.weight.flatten(1).t()  # (C' 4, C)
+        products = self._multiply(self._copy(x.inner), weight, None).unflatten(2, (-1, 4))  # (B, T, C', 4)
+        track = self._track(2 * x.inner.shape[1], products.shape[2])
+        even, odd = track.inner[:, 0::2], track.inner[:, 1::2]
+        w0, w1, w2, w3 = products.unbind(3)
+        bias = cast(Tensor, layer.bias).detach()
+        self._calls += [
+            partial(torch.add, w1, bias, out=even),
+            partial(torch.add, w2, bias, out=odd),
+            partial(even[:, 1:].add_, w3[:, :-1]),
+            partial(odd[:, :-1].add_, w0[:, 1:]),
+        ]
+        return track
+
+    def _join(self, x: Track, skip: Track) -> Track:
+        channels = x.inner.shape[2]
+        both = self._track(x.inner.shape[1], channels + skip.inner.shape[2])
+        self._calls.append(partial(both.inner[..., :channels].copy_, x.inner))
+        self._calls.append(partial(both.inner[..., channels:].copy_, skip.inner))
+        return both
+
+    def _keep(self, x: Tensor) -> Track:
+        track = self._track(*x.shape[1:])
+        self._calls.append(partial(track.inner.copy_, x))
+        return track
+
+    def _copy(self, x: Tensor) -> Tensor:
+        copy = self._new(*x.shape)
+        self._calls.append(partial(copy.copy_, x))
+        return copy
+
+    def _track(self, steps: int, channels: int) -> Track:
+        return Track(self._like.new_zeros(self._rows, steps + 2 * self._margin, channels), self._margin)
+
+    def _new(self, *shape: int) -> Tensor:
+        return self._like.new_empty(shape)
+
+
+def as_picture(x: Tensor) -> Tensor:
+    """View (B, T, C) as a picture in channels-last order, (B, C, 1, T): group norm then takes it as it lies."""
+    return x.transpose(1, 2)[:, :, None]

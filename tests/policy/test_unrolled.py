@@ -1,0 +1,104 @@
+"""The unrolled U-Net: the same as the plain one, whatever its shape, and always with the weights as they are now."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from getiaction.policy import ConditionalUnet1d
+from getiaction.policy.unrolled import UnrolledUnet, unroll
+
+TIMESTEPS = torch.tensor([90, 10, 0])
+SHAPES: dict[str, dict[str, Any]] = {
+    "three levels": {"down_dims": (16, 32, 64)},
+    "two levels, few groups, small kernel": {"down_dims": (16, 32), "kernel_size": 3, "n_groups": 4},
+    "one level, shift only": {"down_dims": (16,), "use_film_scale_modulation": False},
+    "kernel of one": {"down_dims": (16, 32), "kernel_size": 1},
+    "wide enough for two threads": {"down_dims": (64, 256)},
+}
+
+
+def make(dtype: torch.dtype = torch.float64, **shape: Any) -> ConditionalUnet1d:
+    """Return a U-Net in which every weight and bias matters."""
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, **shape).to(dtype)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.normal_(std=0.2)
+    return unet
+
+
+def denoise(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the unrolled and the plain network predict at each of TIMESTEPS: (S, B, T, Da) both."""
+    with torch.no_grad():
+        unrolled = unroll(unet, unet.modulation(TIMESTEPS, cond), actions.shape[1])
+        fast = torch.stack([unrolled(actions, number) for number in range(len(TIMESTEPS))])
+        return fast, torch.stack([unet(actions, timestep.expand(len(actions)), cond) for timestep in TIMESTEPS])
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def _threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("batch_size", "horizon"), [(1, 16), (1, 4), (3, 8), (16, 16)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_plain_network(shape: str, batch_size: int, horizon: int) -> None:
+    unet = make(**SHAPES[shape])
+    actions, cond = torch.randn(batch_size, horizon, 3).double(), torch.randn(batch_size, 5).double()
+    fast, plain = denoise(unet, actions, cond)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10 * float(plain.abs().max()))
+
+
+def test_float32_differs_by_rounding_only() -> None:
+    unet = make(torch.float32, down_dims=(64, 256))
+    fast, plain = denoise(unet, torch.randn(1, 16, 3), torch.randn(1, 5))
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_it_is_made_once_and_sees_new_observations_and_new_weights() -> None:
+    unet = make(down_dims=(16, 32))
+    actions = torch.randn(2, 8, 3).double()
+    first = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(2, 5).double()), 8)
+    torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))  # other observations
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.9)  # as an optimiser does, or `load_state_dict`
+    torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))
+    assert unroll(unet, unet.modulation(TIMESTEPS, torch.randn(2, 5).double()), 8) is first
+    unet.load_state_dict({key: value * 1.1 for key, value in unet.state_dict().items()}, assign=True)
+    torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))  # other tensors
+    torch.testing.assert_close(*denoise(copy.deepcopy(unet), actions, torch.randn(2, 5).double()))
+    torch.testing.assert_close(
+        *denoise(unet, torch.randn(1, 16, 3).double(), torch.randn(1, 5).double())
+    )  # other shape
+
+
+def test_what_was_returned_stays_as_it_was() -> None:
+    unet = make(down_dims=(16, 32))
+    with torch.no_grad():
+        unrolled = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(1, 5).double()), 8)
+    before = unrolled(torch.zeros(1, 8, 3).double(), 0)
+    kept = before.clone()
+    unrolled(torch.ones(1, 8, 3).double(), 1)
+    assert torch.equal(before, kept)
+
+
+def test_acting_on_the_cpu_takes_it_and_training_does_not(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, calls = make_policy(), []
+    plain = UnrolledUnet.__call__
+    monkeypatch.setattr(UnrolledUnet, "__call__", lambda *given: calls.append(given[2]) or plain(*given))
+    observations = {"observation.state": torch.randn(1, policy.n_obs_steps, 3)}
+    policy.predict_action_chunk(observations, num_inference_steps=4)
+    assert calls == [0, 1, 2, 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        policy.predict_action_chunk(observations, num_inference_steps=4)
+    assert len(calls) == 4
