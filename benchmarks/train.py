@@ -1,10 +1,10 @@
-"""Measure training against `lerobot-train`, turn by turn, as users run both: `python -m benchmarks.train --root ../shared/data`.
+"""Measure training against `lerobot-train`, turn by turn: `python -m benchmarks.train --root ../shared/data`.
 
 For each preset a policy of drawn weights is written as a checkpoint; both trainers start from it, on the same episodes,
-with the same batch and in float32, each in a process of its own with its own loader. They take turns, `--rounds` times, in
-changing order. A rate is the median over the steps after warm-up, of what each trainer itself reports (waiting for data
-included, start-up not). `pusht_keypoints` and the presets of the names in `--bf16` are measured a second time with our
-`hardware.mixed_precision=bf16` against LeRobot's float32. Everything goes to benchmarks/results/train-<date>.json.
+with the same batch and in float32, each in a process of its own with its own loader, as users run them. They take
+turns, `--rounds` times, in changing order. A rate is the median over the steps after warm-up, of what each trainer
+itself reports (waiting for data included, start-up not). The presets that `--bf16` names are measured a second time
+with our `hardware.mixed_precision=bf16` against LeRobot's float32. All goes to benchmarks/results/train-<date>.json.
 
 `--profile` measures instead where the time of our own steps goes.
 """
@@ -80,8 +80,18 @@ def train_lerobot(preset: str, root: Path, start: Path, steps: int, workers: int
     """Return samples/s of every step, and the seconds of the whole command."""
     config = compose([f"+preset={preset}", "hardware.num_processes=1"])
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={start}", "--wandb.enable=false"]
-    command += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={config.training.batch_size}"]
-    command += [f"--steps={steps}", f"--num_workers={workers}", "--log_freq=1", "--env_eval_freq=0", "--save_freq=1000000"]
+    command += [
+        f"--dataset.root={root}",
+        "--dataset.repo_id=lerobot/pusht",
+        f"--batch_size={config.training.batch_size}",
+    ]
+    command += [
+        f"--steps={steps}",
+        f"--num_workers={workers}",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+        "--save_freq=1000000",
+    ]
     command += ["--save_checkpoint=false", "--policy.push_to_hub=false", f"--output_dir={folder}"]
     command += [f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
     if config.dataset.episodes is not None:
@@ -119,7 +129,12 @@ def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespa
                 assert len(measured) == steps, f"{name} reported {len(measured)} of {steps} steps"
                 quartiles = median_after_warm_up(measured)
                 rates[name] += measured[int(steps * WARM_UP) :]
-                entry = {"trainer": name, "samples_per_s": quartiles, "wall_s": round(seconds, 1), "command": command[1:]}
+                entry = {
+                    "trainer": name,
+                    "samples_per_s": quartiles,
+                    "wall_s": round(seconds, 1),
+                    "command": command[1:],
+                }
                 result["rounds"].append(entry)
                 print(f"{preset} {precision}: {name} {quartiles[1]:.1f} samples/s, {seconds:.0f} s in all", flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
@@ -136,8 +151,16 @@ def profile(preset: str, root: Path, arguments: argparse.Namespace) -> dict[str,
     from getiaction.data.metadata import find_dataset
 
     steps = arguments.steps or STEPS[preset]
-    more = [f"+preset={preset}", f"dataset.root={root}", "hardware.num_processes=1", "evaluation.final_episodes=null", *QUIET]
-    config = compose([*more, f"training.max_steps={steps}", *arguments.more, f"hardware.num_threads={arguments.threads}"])
+    more = [
+        f"+preset={preset}",
+        f"dataset.root={root}",
+        "hardware.num_processes=1",
+        "evaluation.final_episodes=null",
+        *QUIET,
+    ]
+    config = compose(
+        [*more, f"training.max_steps={steps}", *arguments.more, f"hardware.num_threads={arguments.threads}"]
+    )
     spent: dict[str, float] = defaultdict(float)
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
@@ -159,7 +182,9 @@ def profile(preset: str, root: Path, arguments: argparse.Namespace) -> dict[str,
         setattr(owner, method, watched)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(config, find_dataset("lerobot/pusht", str(root)), start_accelerator(config, Path(folder)), Path(folder))
+        trainer = build_trainer(
+            config, find_dataset("lerobot/pusht", str(root)), start_accelerator(config, Path(folder)), Path(folder)
+        )
         watch(trainer.policy, "encode", "encoder")
         watch(trainer.policy.diffusion.unet, "forward", "U-Net")
         watch(trainer.accelerator, "backward", "backward")
@@ -207,7 +232,9 @@ def main() -> None:
     print("| preset | precision here | lerobot-train, samples/s | here, samples/s | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for result in results:
-        shown = [f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for q in map(result["samples_per_s"].get, ("lerobot", "getiaction"))]
+        shown = [
+            f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for q in map(result["samples_per_s"].get, ("lerobot", "getiaction"))
+        ]
         precision = {"no": "float32"}.get(result["precision"]["getiaction"], "bf16")
         print(f"| `{result['preset']}` | {precision} | {' | '.join(shown)} | **{result['ratio']}** |")
     print(f"written to {path}")

@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module, what it does)
     "evaluate": ("evaluate", "roll a policy out in its simulator: score, success rate, films"),
     "demonstrate": ("demonstrate", "record a scripted expert as a LeRobotDataset"),
     "import": ("import_policy", "open a policy of LeRobot's, of any age, and write it as one of today"),
+    "export": ("export", "write a policy as an ONNX file, which runs without PyTorch"),
     "push": ("push", "push a policy to the Hugging Face Hub, with a model card"),
 }
 

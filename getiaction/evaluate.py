@@ -24,7 +24,6 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     from getiaction.config.evaluation import (
         Evaluation,
         build_environment,
-        check_denoising,
         check_environment,
         check_evaluate,
         find_env,
@@ -32,6 +31,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
         say,
     )
     from getiaction.config.record import describe_machine, pick_device
+    from getiaction.config.sampling import change_scheduler, check_steps
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.simulation.evaluation import Crowd
 
@@ -44,7 +44,9 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
         torch.set_num_threads(config.num_threads)
     policy = load_policy(pretrained, device=device)
     environment = check_environment(make, policy.features)
-    check_denoising(config, policy)
+    if config.scheduler is not None:
+        change_scheduler(policy, config.scheduler)
+    check_steps(policy, config.num_inference_steps)
     log.info("policy: %s, sees %s", pretrained, ", ".join(policy.features.observation_keys))
     evaluation = Evaluation(
         env,

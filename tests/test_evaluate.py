@@ -19,7 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from getiaction.config.sampling import change_scheduler
+from getiaction.errors import InputError
 from getiaction.evaluate import main
+from getiaction.interop.lerobot import load_policy
 
 SHORT = ("env=pusht", "env.max_steps=20", "device=cpu", "num_threads=1", "videos=false", "num_workers=0")
 LONG = (*SHORT[:1], "env.max_steps=120", *SHORT[2:], "episodes=12", "num_envs=1")
@@ -323,3 +326,25 @@ def test_a_policy_folder_without_a_run_asks_for_the_simulator(
     finally:
         (tmp_path.parent.parent / "config.yaml").unlink()
     assert "belongs to no run that names its simulator: say which, env=pusht" in capsys.readouterr().err
+
+
+# --- another sampler --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddim", "DDIMScheduler"), ("dpm_solver", "DPMSolverMultistepScheduler"), ("ddpm", "DDPMScheduler")],
+)
+def test_another_sampler_is_one_override_away(
+    keypoints_run: Path, tmp_path: Path, command: Command, name: str, kind: str
+) -> None:
+    more = ("episodes=1", "env.max_steps=4", f"scheduler={name}", "num_inference_steps=2", f"output_dir={tmp_path}")
+    assert command(f"checkpoint={keypoints_run}", *SHORT[:1], *SHORT[2:], *more) == 0
+    assert read(tmp_path)["scheduler"]["class"] == kind
+    assert read(tmp_path)["scheduler"]["config"]["num_train_timesteps"] == 20  # as it was trained
+
+
+def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:
+    policy = load_policy(keypoints_run / "checkpoints/last/pretrained_model")
+    with pytest.raises(InputError, match="adds noise in another way than the policy was trained with"):
+        change_scheduler(policy, {"_target_": "diffusers.DDIMScheduler", "beta_start": 0.1})

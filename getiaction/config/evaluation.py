@@ -158,19 +158,6 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise InputError("\n       ".join(problems))
 
 
-def check_denoising(config: EvaluateConfig, policy: DiffusionPolicy) -> None:
-    """Check that the policy can denoise in as many steps as it is asked to.
-
-    Raises:
-        InputError: it was trained with fewer.
-    """
-    steps = config.num_inference_steps
-    if steps is not None and steps > policy.num_train_timesteps:
-        raise InputError(
-            f"num_inference_steps={steps} must be at most {policy.num_train_timesteps}, the denoising steps in training"
-        )
-
-
 def find_env(pretrained: Path) -> dict[str, Any]:
     """Return the environment that the run of a policy folder names in its `config.yaml`.
 

@@ -177,6 +177,7 @@ class EvaluateConfig:
     num_threads: int | None = MISSING
     output_dir: str = MISSING
     env: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
 
 
 @dataclass

@@ -191,9 +191,12 @@ class DiffusionPolicy(nn.Module):
     ) -> Tensor:
         """Do what `predict_action_chunk` does, for observations that are resized and cropped already."""
         cond = self.encode(self.normalizer(prepared))
-        trajectory = self.sample(cond, noise, generator, num_inference_steps)  # (B, T, Da)
-        start = self.n_obs_steps - 1
-        return self.normalizer.unnormalize(ACTION, trajectory[:, start : start + self.n_action_steps])
+        return self.executed(self.sample(cond, noise, generator, num_inference_steps))
+
+    def executed(self, trajectory: Tensor) -> Tensor:
+        """Return the Ta actions of a normalised trajectory, (B, T, Da), that are executed: (B, Ta, Da), raw units."""
+        first = self.n_obs_steps - 1
+        return self.normalizer.unnormalize(ACTION, trajectory[:, first : first + self.n_action_steps])
 
     @torch.no_grad()
     def sample(

@@ -35,28 +35,32 @@ class Step:
     e: float
     s: float
 
-    def take(self, output: Tensor, sample: Tensor, clip: float | None, generator: Generators) -> Tensor:
-        """Return the next sample, (B, T, Da) like both."""
+    def take(self, output: Tensor, sample: Tensor, clip: float | None, noise: Tensor | None) -> Tensor:
+        """Return the next sample, (B, T, Da) as all of them; `noise` is needed where `s` is not 0."""
         clean = output if self.a == 0 and self.b == 1 else torch.add(sample * self.a, output, alpha=self.b)
         if clip is not None:
             clean = clean.clamp(-clip, clip)
         following = clean * self.c
-        if self.d:
-            following.add_(sample, alpha=self.d)
-        if self.e:
-            following.add_(output, alpha=self.e)
-        if self.s:
-            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-            following.add_(noise, alpha=self.s)
+        for part, weight in ((sample, self.d), (output, self.e), (noise, self.s)):
+            if weight:
+                assert part is not None
+                following = torch.add(following, part, alpha=weight)
         return following
 
 
 def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
     """Return the steps to denoise at, (S,) integers, and what takes them: from (output, number, sample, generator)."""
     if (steps := known_steps(scheduler, num_inference_steps)) is not None:
-        clip = float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
         timesteps, known = steps
-        return timesteps, lambda output, number, sample, generator: known[number].take(output, sample, clip, generator)
+        clip = clip_of(scheduler)
+
+        def take_known(output: Tensor, number: int, sample: Tensor, generator: Generators) -> Tensor:
+            step, noise = known[number], None
+            if step.s:
+                noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+            return step.take(output, sample, clip, noise)
+
+        return timesteps, take_known
     scheduler.set_timesteps(num_inference_steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
@@ -65,6 +69,11 @@ def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
         return scheduler.step(output, scheduler.timesteps[number], sample, **extra).prev_sample
 
     return scheduler.timesteps, take
+
+
+def clip_of(scheduler: Any) -> float | None:
+    """Return where DDPM or DDIM clips the clean sample, or None."""
+    return float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
 
 
 @lru_cache(maxsize=16)

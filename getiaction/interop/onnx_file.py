@@ -1,0 +1,200 @@
+"""Write a policy as one ONNX file: observations and noise in, an action chunk out, the sampler inside.
+
+Everything is in the graph: resizing, cropping and normalising, the encoder, the observations' part of every FiLM layer
+(computed once), the denoising steps one after the other, and the way back to the dataset's units.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from getiaction.errors import InputError
+from getiaction.keys import ACTION, is_camera
+from getiaction.policy import DiffusionPolicy
+from getiaction.policy.steps import clip_of, known_steps
+
+NOISE, CHUNK, STEP_NOISE = "noise", "action", "step_noise"
+CLOSE = 1e-4  # of the range of the actions: how far ONNX Runtime may be from PyTorch
+
+
+class ChunkGraph(nn.Module):
+    """Do what `DiffusionPolicy.predict_action_chunk` does, as a graph without randomness.
+
+    Args:
+        policy: in evaluation mode, on the CPU.
+        num_inference_steps: S.
+
+    Raises:
+        InputError: its scheduler carries something from step to step, as DPM-Solver does.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, num_inference_steps: int) -> None:
+        super().__init__()
+        known = known_steps(policy.noise_scheduler, num_inference_steps)
+        if known is None:
+            raise InputError(
+                f"scheduler={type(policy.noise_scheduler).__name__} cannot be exported: use --scheduler ddpm or ddim"
+            )
+        self.policy, self.keys = policy, policy.features.observation_keys
+        self.timesteps, self.steps = known
+        self.clip = clip_of(policy.noise_scheduler)
+        self.draws = [number for number, step in enumerate(self.steps) if step.s]  # steps that add noise
+
+    def forward(self, noise: Tensor, step_noise: Tensor | None, *observations: Tensor) -> Tensor:
+        """Return (B, Ta, Da).
+
+        Args:
+            noise: (B, T, Da), standard normal.
+            step_noise: (steps that add noise, B, T, Da), standard normal; None where none does.
+            observations: one tensor for each of `keys`, (B, To, ...) raw units, pictures uint8.
+        """
+        policy, unet = self.policy, self.policy.diffusion.unet
+        prepared = policy.prepare(dict(zip(self.keys, observations, strict=True)))
+        films = unet.modulation(self.timesteps, policy.encode(policy.normalizer(prepared)))
+        sample = noise
+        for number, step in enumerate(self.steps):
+            output = unet.denoise(sample, [film[number] for film in films])
+            fresh = step_noise[self.draws.index(number)] if step.s and step_noise is not None else None
+            sample = step.take(output, sample, self.clip, fresh)
+        return policy.executed(sample)
+
+
+def example(policy: DiffusionPolicy, graph: ChunkGraph, batch_size: int = 1) -> dict[str, Tensor]:
+    """Return inputs of the right shapes, by name; always the same numbers."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (batch_size, policy.horizon, policy.features.action_dim)
+    inputs = {NOISE: torch.randn(shape, generator=draw)}
+    if graph.draws:
+        inputs[STEP_NOISE] = torch.randn((len(graph.draws), *shape), generator=draw)
+    for key in graph.keys:
+        size = (batch_size, policy.n_obs_steps, *policy.features.shapes[key])
+        if is_camera(key):
+            inputs[key] = torch.randint(0, 256, size, generator=draw, dtype=torch.uint8)
+        else:
+            stats = policy.normalizer.statistics.get(key, {})
+            low, high = stats.get("min", torch.tensor(-1.0)), stats.get("max", torch.tensor(1.0))
+            inputs[key] = low + (high - low) * torch.rand(size, generator=draw)
+    return inputs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Say what a file takes and gives, (name, type, shape), how far it is from PyTorch, and how long both take."""
+
+    inputs: list[tuple[str, str, list[int]]]
+    output: tuple[str, str, list[int]]
+    difference: float
+    onnx_ms: float
+    torch_ms: float
+
+
+def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int, batch_size: int = 1) -> Comparison:
+    """Write `policy` as an ONNX file, in one step, after checking that ONNX Runtime and PyTorch agree about it.
+
+    Raises:
+        InputError: the packages for it are not installed, the scheduler has no fixed steps, or the two disagree.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'getiaction[export]'") from error
+    graph = ChunkGraph(policy.cpu().eval(), num_inference_steps).eval()
+    inputs = example(policy, graph, batch_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        onnx.save(to_onnx(graph, inputs), temporary)
+        compared = compare(temporary, graph, inputs)
+        if compared.difference > CLOSE:
+            raise InputError(
+                f"{path} was not written: ONNX Runtime and PyTorch differ by {compared.difference:.1e} of the actions' "
+                "range"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return compared
+
+
+def to_onnx(graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> Any:
+    """Return the ONNX model of a graph, with what a control loop must know in its metadata."""
+    policy = graph.policy
+    described = {
+        "n_obs_steps": policy.n_obs_steps,
+        "horizon": policy.horizon,
+        "n_action_steps": policy.n_action_steps,
+        "num_inference_steps": len(graph.steps),
+        "scheduler": type(policy.noise_scheduler).__name__,
+        "observations": list(graph.keys),
+    }
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph, in_order(graph, inputs), input_names=list(inputs), output_names=[CHUNK], dynamo=True, verbose=False
+        )
+    assert program is not None
+    model = program.model_proto
+    for key, value in described.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    return model
+
+
+def in_order(graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """Return inputs as `ChunkGraph.forward` takes them."""
+    return (inputs[NOISE], inputs.get(STEP_NOISE), *(inputs[key] for key in graph.keys))
+
+
+def compare(path: Path, graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> Comparison:
+    """Run a file in ONNX Runtime, and its graph in PyTorch, on the same inputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own optimiser
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    fed = {name: value.numpy() for name, value in inputs.items()}
+    ours, policy = torch.from_numpy(session.run([CHUNK], fed)[0]), graph.policy
+    with torch.no_grad():
+        theirs = graph(*in_order(graph, inputs))  # (B, Ta, Da)
+    stats = policy.normalizer.statistics.get(ACTION, {})
+    extent = float((stats["max"] - stats["min"]).max()) if "max" in stats and "min" in stats else 1.0
+    observations, noise = {key: inputs[key] for key in graph.keys}, inputs[NOISE]
+    return Comparison(
+        inputs=[(entry.name, kind(entry.type), list(entry.shape)) for entry in session.get_inputs()],
+        output=(CHUNK, "float32", list(theirs.shape)),
+        difference=float((ours - theirs).abs().max()) / max(extent, 1e-8),
+        onnx_ms=milliseconds(lambda: session.run([CHUNK], fed)),
+        torch_ms=milliseconds(
+            lambda: policy.predict_action_chunk(observations, noise=noise, num_inference_steps=len(graph.steps))
+        ),
+    )
+
+
+def kind(onnx_type: str) -> str:
+    """Return the usual name of an ONNX tensor's type, `tensor(float)`."""
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32"}.get(name, name)
+
+
+def milliseconds(call: Callable[[], Any], rounds: int = 10) -> float:
+    """Return the median time of a call, after two to warm up."""
+    taken = []
+    for _ in range(2 + rounds):
+        begin = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[2:]) * 1e3

@@ -1,0 +1,204 @@
+"""ONNX files: the same actions as PyTorch's, in ONNX Runtime without PyTorch, and in OpenVINO."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from getiaction.errors import InputError
+from getiaction.export import main
+from getiaction.interop.lerobot import load_policy
+from getiaction.interop.onnx_file import STEP_NOISE, ChunkGraph, example, export_onnx, in_order
+from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, ImageEncoder, Normalizer
+
+RUN_WITHOUT_TORCH = """
+import sys
+import numpy as np
+import onnxruntime
+fed = dict(np.load(sys.argv[2]))
+np.save(sys.argv[3], onnxruntime.InferenceSession(sys.argv[1]).run(None, fed)[0])
+assert "torch" not in sys.modules and "getiaction" not in sys.modules
+"""
+SQUARED = {"beta_schedule": "squaredcos_cap_v2"}
+CASES: dict[str, tuple[Features, dict[str, Any], Any]] = {
+    "states": (Features(action_dim=2, state_dim=3, env_state_dim=4), {}, DDPMScheduler(20, **SQUARED)),
+    "one picture, resized": (
+        Features(action_dim=2, state_dim=3, cameras={"observation.image": (3, 48, 48)}),
+        {"encoder": partial(ImageEncoder, resize_shape=(40, 40), norm="batch", num_keypoints=4)},
+        DDIMScheduler(20, prediction_type="sample", **SQUARED),
+    ),
+    "two cameras, cropped": (
+        Features(action_dim=2, cameras={"observation.images.a": (3, 48, 64), "observation.images.b": (3, 48, 64)}),
+        {
+            "encoder": partial(ImageEncoder, crop_shape=(40, 44), num_keypoints=4),
+            "use_separate_rgb_encoder_per_camera": True,
+        },
+        DDPMScheduler(20, prediction_type="v_prediction", clip_sample=False, **SQUARED),
+    ),
+}
+
+
+def make(case: str) -> DiffusionPolicy:
+    """Return a small policy with statistics other than [-1, 1]."""
+    features, more, scheduler = CASES[case]
+    torch.manual_seed(0)
+    draw = {key: torch.rand(shape) for key, shape in features.shapes.items() if len(shape) == 1}
+    statistics: dict[str, dict[str, Tensor]] = {key: {"min": low - 3, "max": 4 * low + 2} for key, low in draw.items()}
+    modes = {"visual": "identity", "state": "min_max", "env": "min_max", "action": "min_max"}
+    return DiffusionPolicy(
+        features,
+        normalizer=Normalizer(statistics, modes),
+        noise_scheduler=scheduler,
+        unet=partial(ConditionalUnet1d, down_dims=(16, 32), diffusion_step_embed_dim=16),
+        n_obs_steps=2,
+        horizon=8,
+        n_action_steps=4,
+        num_inference_steps=4,
+        **more,
+    ).eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a policy, its file, inputs for two robots and the actions that PyTorch takes for them."""
+    policy, path = make(request.param), tmp_path_factory.mktemp("onnx") / "policy.onnx"
+    compared = export_onnx(path, policy, num_inference_steps=4, batch_size=2)
+    graph = ChunkGraph(policy, 4)
+    inputs = example(policy, graph, 2)
+    torch.manual_seed(1)
+    inputs |= {key: torch.randn_like(value) for key, value in inputs.items() if value.dtype == torch.float32}
+    with torch.no_grad():
+        actions = graph(*in_order(graph, inputs)).numpy()
+    fed = {key: value.numpy() for key, value in inputs.items()}
+    return {"policy": policy, "path": path, "inputs": fed, "actions": actions, "compared": compared}
+
+
+def test_it_does_what_the_policy_does(exported: dict[str, Any]) -> None:
+    """The graph is held against `predict_action_chunk`, whose generator draws the same noise step by step."""
+    policy, fed = exported["policy"], {key: torch.from_numpy(value) for key, value in exported["inputs"].items()}
+    graph, shape = ChunkGraph(policy, 4), (2, 8, 2)
+    draw = torch.Generator().manual_seed(3)
+    step_noise = torch.stack([torch.randn(shape, generator=draw) for _ in graph.draws]) if graph.draws else None
+    observations = {key: fed[key] for key in graph.keys}
+    with torch.no_grad():
+        inside = graph(fed["noise"], step_noise, *observations.values())
+    generator = torch.Generator().manual_seed(3)
+    outside = policy.predict_action_chunk(observations, noise=fed["noise"], generator=generator)
+    torch.testing.assert_close(inside, outside, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_runtime_acts_the_same_without_pytorch(exported: dict[str, Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "inputs.npz", **exported["inputs"])
+    paths = [exported["path"], tmp_path / "inputs.npz", tmp_path / "actions.npy"]
+    subprocess.run([sys.executable, "-c", RUN_WITHOUT_TORCH, *map(str, paths)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), exported["actions"], rtol=1e-4, atol=1e-4)
+    assert exported["compared"].difference < 1e-5
+
+
+def test_openvino_acts_the_same(exported: dict[str, Any]) -> None:
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(exported["path"]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (actions,) = compiled(exported["inputs"]).values()
+    resizes = any(encoder.resize_shape for encoder in exported["policy"].encoders)
+    tolerance = 3e-2 if resizes else 1e-3  # it rounds resized pictures in its own way
+    np.testing.assert_allclose(actions, exported["actions"], rtol=tolerance, atol=tolerance)
+
+
+def test_every_input_matters(exported: dict[str, Any]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported["path"])
+    for name, value in exported["inputs"].items():
+        changed = exported["inputs"] | {name: 255 - value if value.dtype == np.uint8 else value + 0.3}
+        assert not np.allclose(session.run(None, changed)[0], exported["actions"], atol=1e-3), name
+
+
+def test_its_metadata_say_how_to_use_it(exported: dict[str, Any]) -> None:
+    import onnx
+
+    policy, model = exported["policy"], onnx.load(exported["path"], load_external_data=False)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(said["observations"]) == list(policy.features.observation_keys)
+    assert [said[key] for key in ("n_obs_steps", "horizon", "n_action_steps", "num_inference_steps")] == list("2844")
+    assert said["scheduler"] == type(policy.noise_scheduler).__name__
+    assert (STEP_NOISE in exported["inputs"]) == (said["scheduler"] == "DDPMScheduler")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs the command in this process: the exit code and what it said."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["getiaction export", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
+
+
+def test_a_run_is_exported_with_another_sampler(keypoints_run: Path, tmp_path: Path, run: Any) -> None:
+    path = tmp_path / "new" / "policy.onnx"
+    more = ("--scheduler", "ddim", "--num-inference-steps", "3")
+    code, said = run(str(keypoints_run), "--output", str(path), *more)
+    assert code == 0, said
+    assert "DDIMScheduler, 3 denoising steps" in said
+    assert "observation.environment_state" in said
+    assert list(path.parent.iterdir()) == [path]
+    assert load_policy(keypoints_run / "checkpoints/last/pretrained_model").num_inference_steps != 3  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--output", "{}/policy.pt"), "must end with .onnx"),
+        (
+            ("--output", "{}/policy.onnx", "--scheduler", "dpm_solver"),
+            "cannot be exported: use --scheduler",
+        ),
+        (("--output", "{}/policy.onnx", "--scheduler", "euler"), "--scheduler euler is not known: use ddim, ddpm"),
+        (("--output", "{}/policy.onnx", "--num-inference-steps", "9999"), "--num-inference-steps=9999 must be between"),
+        (("--output", "{}/policy.onnx", "--batch-size", "0"), "--batch-size 0 must be at least 1"),
+    ],
+)
+def test_mistakes_get_one_line_and_no_file(
+    keypoints_run: Path, tmp_path: Path, run: Any, arguments: tuple[str, ...], text: str
+) -> None:
+    code, said = run(str(keypoints_run), *(argument.format(tmp_path) for argument in arguments))
+    assert (code, said.count("error:")) == (2, 1)
+    assert text in said
+    assert not list(tmp_path.glob("**/*"))
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getiaction.interop.onnx_file.CLOSE", -1.0)
+    path = tmp_path / "policy.onnx"
+    path.write_bytes(b"the one before")
+    with pytest.raises(InputError, match="was not written: ONNX Runtime and PyTorch differ"):
+        export_onnx(path, make("states"), num_inference_steps=2)
+    assert path.read_bytes() == b"the one before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"onnxruntime is not installed: pip install 'getiaction\[export\]'"):
+        export_onnx(tmp_path / "policy.onnx", make("states"), num_inference_steps=2)
