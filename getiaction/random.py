@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     SPLIT = 5
     ROLLOUT = 6
     DEMONSTRATION = 7
+    MIRROR = 8
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from getiaction.config.schema import Config
 from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.mirror import Mirror
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import DiffusionPolicy, Features, Normalizer
@@ -44,6 +45,17 @@ def build_noise_scheduler(config: Config) -> Any:
             f"scheduler={type(scheduler).__name__} has no alphas_cumprod: use a DDPM-like one, scheduler=ddpm"
         )
     return scheduler
+
+
+def build_mirror(config: Config) -> Mirror | None:
+    """Build what mirrors samples, or None.
+
+    Raises:
+        InputError: it is none, or what it says of a feature means nothing.
+    """
+    if config.mirror.get("_target_") is None:
+        return None
+    return build_group("mirror", {**config.mirror, "_convert_": "all"})
 
 
 def observation_keys(config: Config, metadata: DatasetMetadata) -> list[str]:

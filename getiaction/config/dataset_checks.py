@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from getiaction.config.build import build_mirror, observation_keys
 from getiaction.config.checks import check_crop
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
@@ -20,6 +21,7 @@ def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
         InputError: all errors, one a line; with `strict`, warnings too.
     """
     report(list(check_observations(config, metadata)) + list(check_episodes(config, metadata)), strict=config.strict)
+    report(list(check_mirror(config, metadata)), strict=config.strict)
     if config.dataset.delta_timestamps:
         unknown = [key for key in config.dataset.delta_timestamps if key not in metadata.features]
         if unknown:
@@ -56,6 +58,39 @@ def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Pr
     elif cameras and not config.backbone.get("resize_shape"):
         _, height, width = next(iter(cameras.values()))
         yield from check_crop(config.backbone.get("crop_shape"), [height, width], "the recorded picture")
+
+
+def check_mirror(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
+    """Check that the mirror knows every feature of the policy, and has its size."""
+    mirror = build_mirror(config)
+    if mirror is None:
+        return
+    used = observation_keys(config, metadata)
+    if missing := mirror.missing(used):
+        yield Problem(
+            f"mirror says nothing of {', '.join(missing)}, which the policy uses: add an entry to mirror.features, "
+            "leave it out with dataset.observations, or use mirror=none"
+        )
+        return
+    for key in (*used, ACTION):
+        entry = mirror.features[key]
+        if not is_camera(key) and len(entry["order"]) != metadata.vectors[key]:
+            yield Problem(
+                f"mirror.features.{key}.order has {len(entry['order'])} places, the dataset's {key} has "
+                f"{metadata.vectors[key]}: this mirror is for other data; use mirror=none"
+            )
+        if is_camera(key) and mirror.source(key) not in used:
+            yield Problem(
+                f"mirror.features.{key}.source={mirror.source(key)} is not observed: add it, or use mirror=none"
+            )
+        shape = config.backbone.get("crop_shape") or config.backbone.get("resize_shape")
+        if is_camera(key) and entry.get("transpose"):
+            height, width = shape or metadata.cameras[key][1:]
+            if height != width:
+                yield Problem(
+                    f"mirror.features.{key}.transpose needs square pictures, the policy sees {height}x{width}: use a "
+                    "square backbone.crop_shape, or mirror=none"
+                )
 
 
 def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from torch import nn
 from getiaction.config.build import (
     build_features,
     build_lr_scheduler,
+    build_mirror,
     build_optimizer,
     build_policy,
     fetch_weights,
@@ -134,7 +135,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
 
     episodes = load_data(config, metadata, accelerator)
     train_indices, val_indices = split(config, episodes.indices.tolist())
-    statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats)
+    statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats, build_mirror(config))
     policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=fetches)
     if not resuming:
         start_from(config, policy)
@@ -230,6 +231,7 @@ def build_batches(
         resident=resident,
         observations=policy.features.observation_keys,
         crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,
+        mirror=build_mirror(config),
     )
     share = Share(
         training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index

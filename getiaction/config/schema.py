@@ -133,6 +133,7 @@ class Config:
     validation: ValidationConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     env: dict[str, Any] = MISSING
+    mirror: dict[str, Any] = MISSING
     hardware: HardwareConfig = MISSING
     tracker: TrackerConfig = MISSING
     sweep_metric: str = MISSING

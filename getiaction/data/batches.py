@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from getiaction.data.episodes import Episodes
+from getiaction.data.mirror import Mirror
 from getiaction.data.windows import Windows
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, ACTION_IS_PAD
@@ -67,6 +68,7 @@ class Gatherer:
         device: where batches go.
         crop_shape: (h, w) to crop pictures to, or None.
         observations: keys to gather besides the action.
+        mirror: what mirrors samples, for `gather`'s `mirrored`.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class Gatherer:
         resident: bool,
         observations: tuple[str, ...],
         crop_shape: tuple[int, int] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.windows, self.device, self.crop_shape = windows, device, crop_shape
+        self.windows, self.device, self.crop_shape, self.mirror = windows, device, crop_shape, mirror
         self.on_device = resident and device.type != "cpu"
         self.vectors = {
             key: torch.from_numpy(episodes.vectors[key]) for key in (*observations, ACTION) if key in episodes.vectors
@@ -111,11 +114,12 @@ class Gatherer:
         height, width = self.picture_shape
         return height - self.crop_shape[0] + 1, width - self.crop_shape[1] + 1
 
-    def gather(self, ids: np.ndarray, corners: np.ndarray | None = None) -> Batch:
+    def gather(self, ids: np.ndarray, corners: np.ndarray | None = None, mirrored: np.ndarray | None = None) -> Batch:
         """Return the batch of samples `ids` (B,).
 
         Args:
             corners: (B, N, 2) top and left of each sample's crop, per camera; None crops the centre.
+            mirrored: (B,) which samples to mirror; None mirrors none.
 
         Returns:
             `observation.*` (B, To, ...) in raw units, pictures (B, To, C, h, w) uint8, channels last in memory;
@@ -140,6 +144,8 @@ class Gatherer:
                 pixels = torch.from_numpy(crop_on_host(self.frames[camera], observation_rows, corner, self.crop_shape))
             batch[camera] = pixels
         moved = {key: to_device(value, self.device) for key, value in batch.items()}
+        if mirrored is not None and self.mirror is not None:
+            moved = self.mirror.apply(moved, to_device(torch.from_numpy(mirrored), self.device))
         return {key: value.permute(0, 1, 4, 2, 3) if key in self.cameras else value for key, value in moved.items()}
 
 
@@ -224,14 +230,21 @@ class TrainingBatches:
 
     def step(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of one step."""
-        ids, corners = self.order.ids(step), None
+        ids, corners, mirrored = self.order.ids(step), None, None
+        if self.gatherer.mirror is not None:
+            mirrored = (torch.rand(len(ids), generator=generator(self.order.seed, Purpose.MIRROR, step)) < 0.5).numpy()
         if self.crop_is_random and self.gatherer.crop_shape is not None:
             size = (len(ids), len(self.gatherer.cameras))
             draw = generator(self.order.seed, Purpose.CROP, step)
             sides = [torch.randint(margin, size, generator=draw) for margin in self.gatherer.margins]
             corners = torch.stack(sides, dim=-1).numpy()  # (B, N, 2)
         return [
-            self.gatherer.gather(ids[part], None if corners is None else corners[part]) for part in self.share.slices()
+            self.gatherer.gather(
+                ids[part],
+                None if corners is None else corners[part],
+                None if mirrored is None else mirrored[part],
+            )
+            for part in self.share.slices()
         ]
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:

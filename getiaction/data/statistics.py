@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from getiaction.data.episodes import Episodes
+from getiaction.data.mirror import Mirror
 from getiaction.errors import InputError
 from getiaction.random import Purpose, generator
 
@@ -17,12 +18,15 @@ IMAGE_STATISTICS = {
 SAMPLED_FRAMES = 1000  # pictures read for image_stats=dataset
 
 
-def compute_statistics(episodes: Episodes, image_stats: str) -> dict[str, dict[str, Tensor]]:
+def compute_statistics(
+    episodes: Episodes, image_stats: str, mirror: Mirror | None = None
+) -> dict[str, dict[str, Tensor]]:
     """Return key -> {"min", "max", "mean", "std"} of the given episodes.
 
     Args:
         episodes: the training episodes.
         image_stats: "imagenet", "half" (fixed mean and std), or "dataset" (measured on a spread of pictures).
+        mirror: count every vector that it knows as its mirror image as well.
 
     Returns:
         (D,) tensors for vectors, (C, 1, 1) in [0, 1] for cameras.
@@ -31,6 +35,8 @@ def compute_statistics(episodes: Episodes, image_stats: str) -> dict[str, dict[s
     statistics = {}
     for key, values in episodes.vectors.items():
         chosen = values[rows].astype(np.float64)
+        if mirror is not None and key in mirror.features:
+            chosen = np.concatenate([chosen, mirror.vector(key, torch.from_numpy(chosen)).numpy()])
         summary = {"min": chosen.min(0), "max": chosen.max(0), "mean": chosen.mean(0), "std": chosen.std(0)}
         statistics[key] = {name: torch.from_numpy(value).float() for name, value in summary.items()}
     for camera, frames in episodes.frames.items():

@@ -27,7 +27,7 @@ from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.ema import Ema
-from getiaction.training.metrics import MetricsWriter
+from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ class Trainer:
             lr=self.lr_scheduler.get_last_lr()[0],
             samples_per_s=round(rate, 1),
             data_wait=round(waited / seconds, 4),
+            **peak_memory(self.accelerator.device),
         )
 
     def _read_losses(self) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
 from accelerate import Accelerator
 
 METRICS_FILE = "metrics.jsonl"
@@ -64,6 +67,15 @@ def tracker_setup(name: str) -> list[str]:
     if name == "wandb" and "WANDB_MODE" not in os.environ and not has_wandb_key():
         os.environ["WANDB_MODE"] = "offline"
     return [] if name == "local" else [name]
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory that this process has held so far, in GB: on the host, and on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts
+    held = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    if device.type == "cuda":
+        held["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return {key: round(value, 3) for key, value in held.items()}
 
 
 def has_wandb_key() -> bool:

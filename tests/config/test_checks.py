@@ -161,3 +161,24 @@ def test_states_alone_need_no_camera(pusht_keypoints_root: Path) -> None:
     check_dataset(compose(["backbone=none", "dataset=pusht_keypoints"]), metadata)
     with pytest.raises(InputError, match="use backbone=none"):
         check_dataset(compose(["dataset=pusht_keypoints"]), metadata)
+
+
+# --- mirror -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mirror_must_know_every_feature_that_is_used(make_dataset, tmp_path) -> None:
+    metadata = find_dataset("toy", str(make_dataset(cameras=("observation.images.top",))))
+    config = compose(["+preset=pusht_basic", "mirror=pusht", "backbone.crop_shape=null"])
+    with pytest.raises(InputError, match=r"mirror says nothing of observation\.images\.top, which the policy uses"):
+        check_dataset(config, metadata)
+    states = compose(["+preset=pusht_keypoints", "mirror=pusht"])
+    with pytest.raises(InputError, match=r"order has 2 places, the dataset's observation\.state has 3: this mirror is"):
+        check_dataset(states, metadata)
+
+
+def test_pictures_whose_rows_become_columns_must_be_square() -> None:
+    metadata = find_dataset("demo", str(compose(["dataset=pusht_demo"]).dataset.root))
+    check_dataset(compose(["+preset=pusht_basic", "mirror=pusht"]), metadata)
+    config = compose(["+preset=pusht_basic", "mirror=pusht", "backbone.crop_shape=[84,76]"])
+    with pytest.raises(InputError, match="transpose needs square pictures, the policy sees 84x76"):
+        check_dataset(config, metadata)

@@ -19,7 +19,7 @@ from getiaction.config import run
 from getiaction.errors import TrainingError
 from getiaction.training.metrics import read_metrics
 
-LOG_COLUMNS = {"step", "time", "epoch", "samples", "loss", "lr", "samples_per_s", "data_wait"}
+LOG_COLUMNS = {"step", "time", "epoch", "samples", "loss", "lr", "samples_per_s", "data_wait", "memory_gb"}
 VALIDATION_COLUMNS = {"step", "time", "val_loss", "val_action_error"}
 
 

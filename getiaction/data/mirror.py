@@ -1,0 +1,80 @@
+"""Mirror demonstrations of a task that is its own mirror image: who saw one has seen two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from getiaction.keys import ACTION, ACTION_IS_PAD, is_camera
+
+VECTOR, PICTURE = {"order", "scale", "offset"}, {"flip", "transpose", "source"}
+SIDES = {"height": -3, "width": -2}  # dimensions of (..., H, W, C)
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Say how each feature looks in the mirror.
+
+    Args:
+        features: key -> for a vector `order` (D,), `scale` and `offset`: number i becomes
+            `value[order[i]] * scale + offset`. For a camera `flip`, some of "height" and "width", then `transpose`,
+            rows for columns; `source` names the camera whose picture it is (a right one's is the left one's).
+
+    Raises:
+        ValueError: an entry that means nothing, or a mirror whose image's image is not what it began with.
+    """
+
+    features: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        for key, entry in self.features.items():
+            known = PICTURE if is_camera(key) else VECTOR
+            if unknown := sorted(set(entry) - known):
+                raise ValueError(f"features.{key} has {unknown}: use some of {sorted(known)}")
+            if is_camera(key):
+                if wrong := sorted(set(entry.get("flip", ())) - set(SIDES)):
+                    raise ValueError(f"features.{key}.flip={wrong} must be some of {sorted(SIDES)}")
+                if self.source(self.source(key)) != key:
+                    raise ValueError(f"features.{key}.source={self.source(key)} must have {key} as its own source")
+                continue
+            order = list(entry.get("order", ()))
+            if sorted(order) != list(range(len(order))) or not order:
+                raise ValueError(f"features.{key}.order={order} must name each place once, counted from 0")
+            probe = torch.rand(1, len(order))
+            if not self.vector(key, self.vector(key, probe)).allclose(probe, atol=1e-3):
+                raise ValueError(f"features.{key}: mirrored twice, it must be what it was")
+
+    def source(self, camera: str) -> str:
+        """Return the camera whose picture, mirrored, is this one's."""
+        return self.features.get(camera, {}).get("source", camera)
+
+    def vector(self, key: str, values: Tensor) -> Tensor:
+        """Mirror vectors (..., D), in raw units."""
+        entry = self.features[key]
+        return values[..., list(entry["order"])] * entry.get("scale", 1.0) + entry.get("offset", 0.0)
+
+    def picture(self, key: str, pixels: Tensor) -> Tensor:
+        """Mirror pictures (..., H, W, C)."""
+        entry = self.features[key]
+        flipped = pixels.flip([SIDES[side] for side in entry.get("flip", ())])
+        return flipped.transpose(-3, -2) if entry.get("transpose") else flipped
+
+    def apply(self, batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+        """Mirror the `chosen` (B,) samples of a batch, whose pictures are (B, To, h, w, C)."""
+        mirrored = {}
+        for key, value in batch.items():
+            if key == ACTION_IS_PAD:
+                mirrored[key] = value
+                continue
+            image = self.picture(key, batch[self.source(key)]) if is_camera(key) else self.vector(key, value)
+            mirrored[key] = torch.where(chosen.reshape(-1, *[1] * (value.ndim - 1)), image, value)
+        return mirrored
+
+    def missing(self, observations: Mapping[str, Any] | list[str]) -> list[str]:
+        """Return the features of a policy that this says nothing of: its observations, and the action."""
+        wanted = [*observations, ACTION]
+        return [key for key in wanted if key not in self.features]
