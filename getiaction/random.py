@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     ROLLOUT = 6
     DEMONSTRATION = 7
     MIRROR = 8
+    OBSERVATION = 9
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -52,7 +52,8 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
     saved = OmegaConf.create(dict(yaml.safe_load(path.read_text())))
     now = OmegaConf.structured(config)
-    saved.setdefault("mirror", {"_target_": None})  # a run of before there was one, whatever its preset says today
+    saved.setdefault("mirror", {"_target_": None})  # a run of before they were there, whatever its preset says today
+    saved["training"].setdefault("observation_noise", 0.0)
     fill_new_keys(saved, now)
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")

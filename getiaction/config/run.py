@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from getiaction.config.build import (
     build_features,
@@ -241,6 +241,7 @@ def build_batches(
         Order(len(gatherer.windows), share.global_batch_size, config.seed),
         share,
         crop_is_random=bool(config.backbone.get("crop_is_random")),
+        observation_noise=noise_of(policy, training.observation_noise),
         prefetch=not resident,
     )
     if not val_indices:
@@ -253,6 +254,16 @@ def build_batches(
         seed=config.seed,
     )
     return batches, validator
+
+
+def noise_of(policy: DiffusionPolicy, share: float) -> dict[str, Tensor]:
+    """Return the standard deviation (D,) of the noise on each state, in raw units; nothing for none."""
+    statistics = policy.normalizer.statistics if share else {}
+    return {
+        key: share * (statistics[key]["max"] - statistics[key]["min"]) / 2
+        for key in policy.features.vectors
+        if key in statistics
+    }
 
 
 def check_buildable(config: Config, metadata: DatasetMetadata) -> None:

@@ -66,6 +66,7 @@ class TrainingConfig:
     max_steps: int | None = MISSING
     max_epochs: int | None = MISSING
     max_grad_norm: float | None = MISSING
+    observation_noise: float = MISSING
     log_every: int = MISSING
     save_every: int | None = MISSING
     keep_checkpoints: int | None = MISSING

@@ -82,6 +82,11 @@ def check_values(config: Config) -> Iterator[Problem]:
         value = look_up(config, key)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             yield Problem(f"{key}={value} must be a positive number")
+    if not 0 <= config.training.observation_noise <= 1:
+        yield Problem(
+            f"training.observation_noise={config.training.observation_noise} must be in [0, 1], a share of half the "
+            "range of the states: 0.008 is little, 0.1 is much"
+        )
     if not 0 <= config.dataset.val_fraction < 1:
         yield Problem(
             f"dataset.val_fraction={config.dataset.val_fraction} must be in [0, 1): 0.05 holds out one episode in 20"

@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -213,6 +213,7 @@ class TrainingBatches:
     share: Share
     crop_is_random: bool
     prefetch: bool
+    observation_noise: Mapping[str, Tensor] = field(default_factory=dict)  # standard deviations (D,) of states
 
     def ids(self, step: int) -> np.ndarray:
         """Return the samples of a step, over all processes."""
@@ -238,7 +239,7 @@ class TrainingBatches:
             draw = generator(self.order.seed, Purpose.CROP, step)
             sides = [torch.randint(margin, size, generator=draw) for margin in self.gatherer.margins]
             corners = torch.stack(sides, dim=-1).numpy()  # (B, N, 2)
-        return [
+        batches = [
             self.gatherer.gather(
                 ids[part],
                 None if corners is None else corners[part],
@@ -246,6 +247,17 @@ class TrainingBatches:
             )
             for part in self.share.slices()
         ]
+        return self._disturb(step, batches) if self.observation_noise else batches
+
+    def _disturb(self, step: int, batches: list[Batch]) -> list[Batch]:
+        """Add noise to the states, the same for a sample whatever the share of the batch that it is in."""
+        draw = generator(self.order.seed, Purpose.OBSERVATION, step)
+        for key, deviation in self.observation_noise.items():
+            shape = (self.share.global_batch_size, *batches[0][key].shape[1:])  # (global batch, To, D)
+            noise = torch.randn(shape, generator=draw) * deviation.cpu()
+            for batch, part in zip(batches, self.share.slices(), strict=True):
+                batch[key] = batch[key] + to_device(noise[part], self.gatherer.device)
+        return batches
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if the data stay on the host."""

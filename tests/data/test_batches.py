@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,3 +311,24 @@ def test_a_placement_that_is_asked_for_is_obeyed(toy_episodes) -> None:
 def test_an_unknown_placement_is_an_error(toy_episodes) -> None:
     with pytest.raises(InputError, match=r"hardware\.data_placement='gpu' must be auto, device or host"):
         is_resident(toy_episodes(), CPU, "gpu")
+
+
+# --- noise on states
+
+
+def test_noise_on_states_is_of_the_size_asked_for_and_the_same_for_any_share(toy_episodes) -> None:
+    gatherer, deviation = make_gatherer(toy_episodes()), torch.tensor([0.0, 0.1, 10.0])
+
+    def states(deviations: dict[str, torch.Tensor], **share: int) -> torch.Tensor:
+        plain = make_batches(gatherer, **share)
+        return joined([replace(plain, observation_noise=deviations).step(step)[0] for step in range(20)])[STATE]
+
+    noise = states({STATE: deviation}, batch_size=8) - states({}, batch_size=8)  # (160, To, Ds)
+    assert torch.equal(noise[..., 0], torch.zeros(160, 2))
+    torch.testing.assert_close(noise.std((0, 1))[1:], deviation[1:], rtol=0.1, atol=0)
+    whole = replace(make_batches(gatherer, batch_size=8), observation_noise={STATE: deviation}).step(3)[0]
+    parts = [
+        replace(make_batches(gatherer, batch_size=4, processes=2, rank=rank), observation_noise={STATE: deviation})
+        for rank in (0, 1)
+    ]
+    assert_same(whole, joined([part.step(3)[0] for part in parts]))
