@@ -20,7 +20,7 @@ from getiaction.policy.features import Features
 from getiaction.policy.normalizer import Normalizer
 from getiaction.policy.steps import start
 from getiaction.policy.unet import ConditionalUnet1d
-from getiaction.policy.unrolled import can_unroll, unroll
+from getiaction.policy.unrolled import unroll
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -216,7 +216,7 @@ class DiffusionPolicy(nn.Module):
         timesteps, take = start(scheduler, num_inference_steps or self.num_inference_steps)
         unet = self.diffusion.unet
         films = unet.modulation(timesteps.to(cond.device).long(), cond)
-        unrolled = unroll(unet, films, self.horizon) if can_unroll(unet, cond) else None
+        unrolled = unroll(unet, films, self.horizon)
         sample = noise * scheduler.init_noise_sigma
         for number, timestep in enumerate(timesteps):
             noisy = scheduler.scale_model_input(sample, timestep)

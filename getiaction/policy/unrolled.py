@@ -8,6 +8,7 @@ one copy, of its windows, and one matrix product that takes the weights as they 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,23 +23,51 @@ from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, 
 
 LARGE = 2**16  # weights that are worth a second thread
 FEW = 32  # rows of a product that the library does in one thread
-_UNROLLED: WeakKeyDictionary[nn.Module, UnrolledUnet] = WeakKeyDictionary()  # the last one of each
 
 
-def unroll(unet: ConditionalUnet1d, films: Sequence[Tensor], horizon: int) -> UnrolledUnet:
-    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must."""
+class Kept(threading.local):
+    """Keep the last one of each U-Net, for each thread its own: they are written to while they work."""
+
+    def __init__(self) -> None:
+        self.unrolled: WeakKeyDictionary[nn.Module, UnrolledUnet] = WeakKeyDictionary()
+
+
+KEPT = Kept()
+
+
+def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
+    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
+
+    None if this is no plain inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes
+    (parametrised ones, say). Hooks of its modules are not called.
+    """
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if not plain or type(unet) is not ConditionalUnet1d or films[0].device.type != "cpu":
+        return None
     num_steps, batch_size = films[0].shape[:2]
-    unrolled = _UNROLLED.get(unet)
+    unrolled = KEPT.unrolled.get(unet)
     if unrolled is None or not unrolled.fits(unet, batch_size, horizon, num_steps):
-        _UNROLLED[unet] = unrolled = UnrolledUnet(unet, batch_size, horizon, num_steps)
+        try:
+            KEPT.unrolled[unet] = unrolled = UnrolledUnet(unet, batch_size, horizon, num_steps)
+        except OtherLayerError:
+            return None
     unrolled.look(films)
     return unrolled
 
 
-def can_unroll(unet: nn.Module, cond: Tensor) -> bool:
-    """Tell whether `unet` can be unrolled to act on `cond`, the encoded observations: plain inference on the CPU."""
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return isinstance(unet, ConditionalUnet1d) and cond.device.type == "cpu" and plain
+class OtherLayerError(TypeError):
+    """A layer is not what it was made as, or its weights do not lie in order."""
+
+
+def exactly[Layer: nn.Module](layer: nn.Module, kind: type[Layer]) -> Layer:
+    """Return a layer, which must be of this kind and no other, and whose weights must lie in order.
+
+    Raises:
+        OtherLayerError: it is not.
+    """
+    if type(layer) is not kind or not all(weight.is_contiguous() for weight in layer.parameters(recurse=False)):
+        raise OtherLayerError
+    return cast(Layer, layer)
 
 
 @dataclass(frozen=True)
@@ -77,16 +106,15 @@ class UnrolledUnet:
         for first, second, halve in levels(unet.down_modules):
             x = self._block(second, self._block(first, x))
             skips.append(x)
-            if isinstance(halve, nn.Conv1d):
+            if not isinstance(halve, nn.Identity):
                 x = self._keep(self._convolve(halve, x))
         for middle in unet.mid_modules:
-            x = self._block(cast(ResidualBlock, middle), x)
+            x = self._block(middle, x)
         for first, second, double in levels(unet.up_modules):
             x = self._block(second, self._block(first, self._join(x, skips.pop())))
-            x = self._double(cast(nn.ConvTranspose1d, double), x)
-        convolution, norm, _ = cast(ConvBlock, unet.final_conv[0]).block
-        x = self._normalise(cast(nn.GroupNorm, norm), self._convolve(cast(nn.Conv1d, convolution), x))
-        self._output = self._convolve(cast(nn.Conv1d, unet.final_conv[1]), x)  # (B, T, Da)
+            x = self._double(double, x)
+        convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
+        self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
 
     def fits(self, unet: ConditionalUnet1d, batch_size: int, horizon: int, num_steps: int) -> bool:
         """Tell whether a new one would be the same."""
@@ -108,20 +136,21 @@ class UnrolledUnet:
             call()
         return self._output.clone()
 
-    def _block(self, block: ResidualBlock, x: Track) -> Track:
+    def _block(self, block: nn.Module, x: Track) -> Track:
+        block = exactly(block, ResidualBlock)
         convolution, norm, _ = block.conv1.block
-        hidden = self._convolve(cast(nn.Conv1d, convolution), x)  # (B, T, C')
+        hidden = self._convolve(convolution, x)  # (B, T, C')
         film = self._new(self._steps, self._rows, hidden.shape[2] * (2 if block.film_scale else 1))
         self._films.append(film)
-        track = self._normalise(cast(nn.GroupNorm, norm), hidden, film=film, scales=block.film_scale)
+        track = self._normalise(norm, hidden, film=film, scales=block.film_scale)
         convolution, norm, _ = block.conv2.block
         around = block.residual_conv
-        residual = self._convolve(around, x) if isinstance(around, nn.Conv1d) else x.inner
-        hidden = self._convolve(cast(nn.Conv1d, convolution), track)
-        return self._normalise(cast(nn.GroupNorm, norm), hidden, residual=residual)
+        residual = x.inner if isinstance(around, nn.Identity) else self._convolve(around, x)
+        return self._normalise(norm, self._convolve(convolution, track), residual=residual)
 
-    def _convolve(self, layer: nn.Conv1d, x: Track) -> Tensor:
+    def _convolve(self, layer: nn.Module, x: Track) -> Tensor:
         """Convolve into a new (B, T', C'): copy the windows, multiply."""
+        layer = exactly(layer, nn.Conv1d)
         size, ends = layer.kernel_size[0], self._margin - int(layer.padding[0])
         windows = x.padded[:, ends : x.padded.shape[1] - ends].unfold(1, size, layer.stride[0])  # (B, T', C, k)
         rows = self._new(*windows.shape)
@@ -148,7 +177,7 @@ class UnrolledUnet:
 
     def _normalise(
         self,
-        norm: nn.GroupNorm,
+        norm: nn.Module,
         x: Tensor,
         *,
         film: Tensor | None = None,
@@ -156,7 +185,7 @@ class UnrolledUnet:
         residual: Tensor | None = None,
     ) -> Track:
         """Normalise groups of (B, T, C), Mish, then FiLM or add what went around, into a new track."""
-        track = self._track(x.shape[1], x.shape[2])
+        norm, track = exactly(norm, nn.GroupNorm), self._track(x.shape[1], x.shape[2])
         sizes = (x.shape[0], x.shape[2], x.shape[1])  # B, C, T
         pictures, out = as_picture(x), as_picture(track.inner)
         groups = partial(
@@ -185,8 +214,9 @@ class UnrolledUnet:
             self._calls.append(lambda: out.copy_(mish_(groups()[0])))
         return track
 
-    def _double(self, layer: nn.ConvTranspose1d, x: Track) -> Track:
+    def _double(self, layer: nn.Module, x: Track) -> Track:
         """Double the resolution: output 2t is w1 x(t) + w3 x(t - 1), output 2t + 1 is w2 x(t) + w0 x(t + 1)."""
+        layer = exactly(layer, nn.ConvTranspose1d)
         weight = layer.weight.flatten(1).t()  # (C' 4, C)
         products = self._multiply(self._copy(x.inner), weight, None).unflatten(2, (-1, 4))  # (B, T, C', 4)
         track = self._track(2 * x.inner.shape[1], products.shape[2])

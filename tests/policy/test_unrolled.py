@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -90,6 +91,39 @@ def test_what_was_returned_stays_as_it_was() -> None:
     kept = before.clone()
     unrolled(torch.ones(1, 8, 3).double(), 1)
     assert torch.equal(before, kept)
+
+
+def test_two_threads_do_not_disturb_each_other() -> None:
+    unet, expected, got = make(down_dims=(16, 32)), {}, {}
+    inputs = {seed: (torch.randn(1, 8, 3).double(), torch.randn(1, 5).double()) for seed in range(4)}
+    for seed, (actions, cond) in inputs.items():
+        expected[seed] = denoise(unet, actions, cond)[1]
+
+    def work(seed: int) -> None:
+        got[seed] = torch.stack([denoise(unet, *inputs[seed])[0] for _ in range(20)])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, values in got.items():
+        torch.testing.assert_close(values, expected[seed].expand_as(values))
+
+
+def test_networks_with_other_layers_are_left_alone() -> None:
+    cond, names = torch.randn(1, 5).double(), ("down_modules.0.0.conv1.block.0", "up_modules.0.2", "mid_modules.1")
+    for name in names:
+        unet = make(down_dims=(16, 32))
+        layer = unet.get_submodule(name)
+        layer.__class__ = type("Another", (type(layer),), {})  # as parametrisations do
+        with torch.no_grad():
+            assert unroll(unet, unet.modulation(TIMESTEPS, cond), 8) is None
+    unet = make(down_dims=(16, 32))
+    weight = unet.final_conv[0].block[0].weight
+    weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    with torch.no_grad():
+        assert unroll(unet, unet.modulation(TIMESTEPS, cond), 8) is None
 
 
 def test_acting_on_the_cpu_takes_it_and_training_does_not(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
