@@ -3,7 +3,9 @@
 For each preset a policy of drawn weights is written as a checkpoint and opened in both libraries; their chunks must be
 equal to float32 rounding. Then both predict one chunk for one robot, alternately, each from observations that are ready
 (LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of
-the medians, go to benchmarks/results/inference-<date>.json. `--pauses` lets time pass between
+the medians, go to benchmarks/results/inference-<date>.json; where the device multiplies bf16, ours a second time under
+autocast to it. "Share of a chunk's time" is the real-time report: what one chunk takes, of the time that its actions
+take at the preset's rate (PushT 10 Hz, ALOHA 50 Hz). `--pauses` lets time pass between
 calls, as a robot's control loop does.
 """
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from getiaction.config.build import build_policy
 from getiaction.config.compose import compose
+from getiaction.config.precision import multiplies_bf16
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config
 from getiaction.interop.lerobot import load_policy, write_policy
@@ -108,9 +111,17 @@ def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, An
         torch.manual_seed(1)
         return theirs.predict_action_chunk(batch, noise=noise)
 
-    apart = float((act().cpu() - postprocess(act_lerobot())).abs().max())
+    def act_in_bf16() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return act()
+
+    exact = postprocess(act_lerobot())
+    apart, rounded = (float((call().cpu() - exact).abs().max()) for call in (act, act_in_bf16))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    taken = alternate({"lerobot": act_lerobot, "getiaction": act}, rounds, wait, pause)
+    calls = {"lerobot": act_lerobot, "getiaction": act}
+    if multiplies_bf16(device):
+        calls["getiaction bf16"] = act_in_bf16
+    taken = alternate(calls, rounds, wait, pause)
     quartiles = {name: [round(float(q), 3) for q in np.quantile(ms, (0.25, 0.5, 0.75))] for name, ms in taken.items()}
     rate = RATE.get(preset, 10.0)
     chunk_ms = config.policy.n_action_steps / rate * 1e3
@@ -119,9 +130,14 @@ def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, An
         "preset": preset,
         "parameters": sum(weight.numel() for weight in ours.parameters()),
         "num_inference_steps": ours.num_inference_steps,
+        "n_action_steps": ours.n_action_steps,
         "quartiles_ms": quartiles,
         "ratio": round(statistics.median(taken["lerobot"]) / median, 2),
+        "ratio_bf16": round(statistics.median(taken["lerobot"]) / statistics.median(taken["getiaction bf16"]), 2)
+        if "getiaction bf16" in taken
+        else None,
         "largest_difference": apart,
+        "largest_difference_bf16": rounded,
         "control_hz": rate,
         "within_one_step": median < 1e3 / rate,
         "share_of_chunk": round(median / chunk_ms, 3),
@@ -141,13 +157,15 @@ def main() -> None:
     path = arguments.result or RESULTS / f"inference-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device(arguments.device))
     path.write_text(json.dumps({"date": datetime.now(UTC).isoformat(), **machine, "results": results}, indent=1) + "\n")
-    print("| preset | LeRobot, ms | here, ms | ratio | chunks differ by | time of a chunk's execution |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| preset | LeRobot, ms | here, ms | ratio | differ by | in bf16, ms | ratio | share of a chunk's time |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for result in results:
-        shown = [f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for q in result["quartiles_ms"].values()]
+        shown = {name: f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for name, q in result["quartiles_ms"].items()}
         print(
-            f"| `{result['preset']}` | {' | '.join(shown)} | {result['ratio']} | {result['largest_difference']:.1e} | "
-            f"{result['share_of_chunk']:.1%} |"
+            f"| `{result['preset']}` | {shown['lerobot']} | {shown['getiaction']} | **{result['ratio']}** | "
+            f"{result['largest_difference']:.1e} | {shown.get('getiaction bf16', '-')} | "
+            f"{result['ratio_bf16'] or '-'} | "
+            f"{result['share_of_chunk']:.1%} of {1e3 * result['n_action_steps'] / result['control_hz']:.0f} ms |"
         )
     print(f"written to {path}")
 

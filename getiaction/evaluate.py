@@ -30,6 +30,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
         measure_latency,
         say,
     )
+    from getiaction.config.precision import autocast, choose_precision
     from getiaction.config.record import describe_machine, pick_device
     from getiaction.config.sampling import change_scheduler, check_steps
     from getiaction.interop.lerobot import find_policy_folder, load_policy
@@ -47,6 +48,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     if config.scheduler is not None:
         change_scheduler(policy, config.scheduler)
     check_steps(policy, config.num_inference_steps)
+    precision = choose_precision(config.mixed_precision, device.type)
     log.info("policy: %s, sees %s", pretrained, ", ".join(policy.features.observation_keys))
     evaluation = Evaluation(
         env,
@@ -54,9 +56,11 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
         Crowd(config.num_envs, config.num_workers),
         batch_size=config.batch_size,
         num_inference_steps=config.num_inference_steps,
+        mixed_precision=precision,
         videos=config.videos,
     )
-    latency = measure_latency(policy, environment, config.num_inference_steps)
+    with autocast(precision, device):
+        latency = measure_latency(policy, environment, config.num_inference_steps)
     described = {"checkpoint": str(pretrained), "latency_ms": latency, **describe_machine(device)}
     summary = evaluation.run(policy, folder, described)
     log.info("%s; one action chunk takes %.0f ms", say(summary), latency)

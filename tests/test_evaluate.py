@@ -348,3 +348,17 @@ def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:
     policy = load_policy(keypoints_run / "checkpoints/last/pretrained_model")
     with pytest.raises(InputError, match="adds noise in another way than the policy was trained with"):
         change_scheduler(policy, {"_target_": "diffusers.DDIMScheduler", "beta_start": 0.1})
+
+
+def test_acting_in_bf16_is_another_evaluation(keypoints_run: Path, tmp_path: Path, command: Command) -> None:
+    more = ("episodes=2", "env.max_steps=30", f"output_dir={tmp_path}")
+    short = (f"checkpoint={keypoints_run}", *SHORT[:1], *SHORT[2:])
+    assert command(*short, *more, "mixed_precision=bf16") == 0
+    assert read(tmp_path)["mixed_precision"] == "bf16"
+    half = episodes(tmp_path)
+    assert command(*short, *more) == 2  # the folder holds episodes of the other
+    assert command(*short, *more[:2], f"output_dir={tmp_path / 'full'}") == 0
+    full = episodes(tmp_path / "full")
+    assert [row["actions"] for row in half] != [row["actions"] for row in full]
+    assert half[0]["actions"][0] == pytest.approx(full[0]["actions"][0], abs=5)  # pixels
+    assert command(*short, *more[:2], "mixed_precision=int8", f"output_dir={tmp_path / 'int8'}") == 2

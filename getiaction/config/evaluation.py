@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from getiaction.config.build import build_group
+from getiaction.config.precision import CHOICES, autocast
 from getiaction.config.schema import EvaluateConfig
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
@@ -41,6 +42,7 @@ class Evaluation:
         seeds: one per episode.
         batch_size: rows of one call of the policy; None: by device.
         num_inference_steps: None: the policy's own.
+        mixed_precision: "no", "bf16" or "fp16".
         videos: film three episodes and draw how all ended.
     """
 
@@ -49,6 +51,7 @@ class Evaluation:
     crowd: Crowd
     batch_size: int | None = None
     num_inference_steps: int | None = None
+    mixed_precision: str = "no"
     videos: bool = True
 
     def run(
@@ -73,20 +76,22 @@ class Evaluation:
             "batch_size": act.batch_size,
             "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
             "device": act.device.type,
+            **({"mixed_precision": self.mixed_precision} if self.mixed_precision != "no" else {}),
         }
         kept = EpisodeLog(folder / "episodes.jsonl", identity)
         before, start = len(kept.episodes), time.perf_counter()
-        episodes = run_episodes(
-            act,
-            make,
-            kept,
-            self.seeds,
-            keys=policy.features.observation_keys,
-            n_obs_steps=policy.n_obs_steps,
-            batch_size=act.batch_size,
-            crowd=self.crowd,
-            stopping=stopping,
-        )
+        with autocast(self.mixed_precision, act.device):
+            episodes = run_episodes(
+                act,
+                make,
+                kept,
+                self.seeds,
+                keys=policy.features.observation_keys,
+                n_obs_steps=policy.n_obs_steps,
+                batch_size=act.batch_size,
+                crowd=self.crowd,
+                stopping=stopping,
+            )
         rate = (len(kept.episodes) - before) / (time.perf_counter() - start) * 60
         log.info("%.0f episodes/min", rate)
         summary = summarize(episodes)
@@ -154,6 +159,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     ]
     if config.batch_size is not None and (config.batch_size < 1 or config.batch_size % 16):
         problems.append(f"batch_size={config.batch_size} must be a multiple of 16, or rows would not all be equal")
+    if config.mixed_precision not in CHOICES:
+        problems.append(f"mixed_precision={config.mixed_precision} must be one of {', '.join(CHOICES)}")
     if problems:
         raise InputError("\n       ".join(problems))
 

@@ -27,6 +27,7 @@ from getiaction.config.build import (
 )
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
 from getiaction.config.fine_tuning import check_init_from, start_from
+from getiaction.config.precision import choose_precision
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
@@ -61,7 +62,9 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=choose_precision(hardware, "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"),
+        mixed_precision=choose_precision(
+            hardware.mixed_precision, "cpu" if on_cpu else "cuda" if torch.cuda.is_available() else "mps"
+        ),
         log_with=tracker_setup(config.tracker.name) or None,
         project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],  # one decodes while the others wait
@@ -73,38 +76,6 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     if not accelerator.is_main_process:
         logging.disable(logging.INFO)  # one process speaks for all
     return accelerator
-
-
-def choose_precision(hardware: HardwareConfig, device: str) -> str:
-    """Return Accelerate's name of the precision; where the device lacks it, say so and use full precision."""
-    wanted = hardware.mixed_precision
-    if wanted == "auto":
-        if multiplies_bf16(device):
-            return "bf16"
-        if device == "cuda":
-            return "fp16"
-        log.info(
-            "mixed precision: auto on %s falls back to full precision, as it does not multiply bf16 itself; "
-            "hardware.mixed_precision=bf16 asks for it all the same",
-            device,
-        )
-        return "no"
-    if wanted == "bf16" and device == "cuda" and not multiplies_bf16(device):
-        log.info("mixed precision: this GPU has no bf16, fp16 is used")
-        return "fp16"
-    if wanted == "fp16" and device == "cpu":
-        log.info("mixed precision: fp16 on cpu falls back to full precision: bf16 works there")
-        return "no"
-    return wanted
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Tell whether a device has instructions for bf16 products; without them bf16 is slower than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerator) -> Episodes:

@@ -174,6 +174,7 @@ class EvaluateConfig:
     num_workers: int | None = MISSING
     batch_size: int | None = MISSING
     num_inference_steps: int | None = MISSING
+    mixed_precision: str = MISSING
     videos: bool = MISSING
     device: str = MISSING
     num_threads: int | None = MISSING

@@ -38,17 +38,20 @@ KEPT = Kept()
 def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
     """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
 
-    None if this is no plain inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes
+    Under autocast to bf16 it keeps its own bf16 weights, made anew when PyTorch counts a change of the network's.
+    None if this is no inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes
     (parametrised ones, say). Hooks of its modules are not called.
     """
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    if not plain or type(unet) is not ConditionalUnet1d or films[0].device.type != "cpu":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or films[0].device.type != "cpu":
+        return None
+    if type(unet) is not ConditionalUnet1d:
         return None
     num_steps, batch_size = films[0].shape[:2]
+    plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
     unrolled = KEPT.unrolled.get(unet)
-    if unrolled is None or not unrolled.fits(unet, batch_size, horizon, num_steps):
+    if unrolled is None or not unrolled.fits(unet, plan):
         try:
-            KEPT.unrolled[unet] = unrolled = UnrolledUnet(unet, batch_size, horizon, num_steps)
+            KEPT.unrolled[unet] = unrolled = UnrolledUnet(unet, plan)
         except OtherLayerError:
             return None
     unrolled.look(films)
@@ -71,6 +74,23 @@ def exactly[Layer: nn.Module](layer: nn.Module, kind: type[Layer]) -> Layer:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Say what a U-Net is unrolled for: B, T, S denoising steps, the type that products are computed in, threads."""
+
+    batch_size: int
+    horizon: int
+    num_steps: int
+    dtype: torch.dtype
+    threads: int
+
+
+def multiplied_in(unet: nn.Module) -> torch.dtype:
+    """Return the type that products are computed in: autocast's, else that of the weights."""
+    own = next(unet.parameters()).dtype
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and own == torch.float32 else own
+
+
+@dataclass(frozen=True)
 class Track:
     """Hold a sequence, (B, T, C), between margins of zeros, for the convolutions that look past its ends."""
 
@@ -87,21 +107,17 @@ class UnrolledUnet:
     """Do what `ConditionalUnet1d.denoise` does, for one batch of observations after the other.
 
     Args:
-        unet: its weights are used where they lie, and may change there.
-        batch_size: B.
-        horizon: T.
-        num_steps: S, denoising steps.
+        unet: its weights are used where they lie, and may change there, unless `plan.dtype` is another type.
     """
 
-    def __init__(self, unet: ConditionalUnet1d, batch_size: int, horizon: int, num_steps: int) -> None:
-        weights = list(unet.parameters())
-        self._key = (batch_size, horizon, num_steps, torch.get_num_threads(), [weight.data_ptr() for weight in weights])
+    def __init__(self, unet: ConditionalUnet1d, plan: Plan) -> None:
+        self._plan, self._like, self._number = plan, next(unet.parameters()), 0
+        self._copies = plan.dtype != self._like.dtype
+        self._weights = self._identify(unet)
         self._calls: list[Callable[[], object]] = []
         self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
-        self._rows, self._steps, self._like, self._threads = batch_size, num_steps, weights[0], torch.get_num_threads()
-        self._number = 0
         self._margin = max(unet.kernel_size // 2, 1)
-        self._input = x = self._track(horizon, unet.action_dim)
+        self._input = x = self._track(plan.horizon, unet.action_dim)
         skips = []
         for first, second, halve in levels(unet.down_modules):
             x = self._block(second, self._block(first, x))
@@ -116,10 +132,13 @@ class UnrolledUnet:
         convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
         self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
 
-    def fits(self, unet: ConditionalUnet1d, batch_size: int, horizon: int, num_steps: int) -> bool:
+    def fits(self, unet: ConditionalUnet1d, plan: Plan) -> bool:
         """Tell whether a new one would be the same."""
-        addresses = [weight.data_ptr() for weight in unet.parameters()]
-        return self._key == (batch_size, horizon, num_steps, torch.get_num_threads(), addresses)
+        return self._plan == plan and self._weights == self._identify(unet)
+
+    def _identify(self, unet: ConditionalUnet1d) -> list[tuple[int, int]]:
+        """Return where the weights lie and, if they are copied, how often PyTorch has seen each change."""
+        return [(weight.data_ptr(), weight._version if self._copies else 0) for weight in unet.parameters()]
 
     @torch.inference_mode()
     def look(self, films: Sequence[Tensor]) -> None:
@@ -131,16 +150,18 @@ class UnrolledUnet:
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
         """Predict (B, T, Da) from (B, T, Da) at the denoising step `number`, counted from 0."""
         self._number = number
-        self._input.inner.copy_(noisy_actions)
-        for call in self._calls:
-            call()
-        return self._output.clone()
+        with torch.autocast("cpu", enabled=False):
+            self._input.inner.copy_(noisy_actions)
+            for call in self._calls:
+                call()
+            return self._output.clone()
 
     def _block(self, block: nn.Module, x: Track) -> Track:
         block = exactly(block, ResidualBlock)
         convolution, norm, _ = block.conv1.block
         hidden = self._convolve(convolution, x)  # (B, T, C')
-        film = self._new(self._steps, self._rows, hidden.shape[2] * (2 if block.film_scale else 1))
+        values = hidden.shape[2] * (2 if block.film_scale else 1)
+        film = self._new(self._plan.num_steps, self._plan.batch_size, values)
         self._films.append(film)
         track = self._normalise(norm, hidden, film=film, scales=block.film_scale)
         convolution, norm, _ = block.conv2.block
@@ -153,27 +174,32 @@ class UnrolledUnet:
         layer = exactly(layer, nn.Conv1d)
         size, ends = layer.kernel_size[0], self._margin - int(layer.padding[0])
         windows = x.padded[:, ends : x.padded.shape[1] - ends].unfold(1, size, layer.stride[0])  # (B, T', C, k)
-        rows = self._new(*windows.shape)
+        rows = self._new(*windows.shape, dtype=self._plan.dtype)
         self._calls.append(partial(rows.copy_, windows))
         return self._multiply(rows.flatten(2), layer.weight.flatten(1), layer.bias)
 
     def _multiply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply (B, T, K) by the transpose of (C, K) into a new (B, T, C)."""
-        (channels, size), rows = weight.shape, rows.flatten(0, 1)  # (B T, K)
+        (channels, size), rows, threads = weight.shape, rows.flatten(0, 1), self._plan.threads  # rows: (B T, K)
+        weight, bias = weight.detach().to(self._plan.dtype), bias.detach() if bias is not None else None
         product = self._new(len(rows), channels)
-        parts = self._threads if channels % self._threads == 0 and channels * size > LARGE else 1
-        if parts > 1 and len(rows) <= FEW:  # the library leaves few rows to one thread: a part of C for each
-            columns = weight.detach().unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, K, C / parts)
-            out = self._new(parts, len(rows), channels // parts)
-            self._calls.append(partial(torch.bmm, rows.expand(parts, *rows.shape), columns, out=out))
-            joined, out = product.unflatten(1, (parts, -1)), out.transpose(0, 1)  # (B T, parts, C / parts) both
-            add = partial(torch.add, out, bias.detach().view(parts, -1), out=joined) if bias is not None else None
-            self._calls.append(add or partial(joined.copy_, out))
-        elif bias is not None:
-            self._calls.append(partial(torch.addmm, bias.detach(), rows, weight.detach().t(), out=product))
+        split = threads > 1 and channels % threads == 0 and channels * size > LARGE and len(rows) <= FEW
+        if split:  # the library leaves few rows to one thread: a part of C for each
+            columns = weight.unflatten(0, (threads, -1)).transpose(1, 2)  # (parts, K, C / parts)
+            out = self._new(threads, len(rows), channels // threads, dtype=self._plan.dtype)
+            self._calls.append(partial(torch.bmm, rows.expand(threads, *rows.shape), columns, out=out))
+            joined, out = product.unflatten(1, (threads, -1)), out.transpose(0, 1)  # (B T, parts, C / parts) both
+            bias = bias.view(threads, -1) if bias is not None else None
+        elif bias is not None and not self._copies:
+            self._calls.append(partial(torch.addmm, bias, rows, weight.t(), out=product))
+            return product.unflatten(0, (self._plan.batch_size, -1))
         else:
-            self._calls.append(partial(torch.mm, rows, weight.detach().t(), out=product))
-        return product.unflatten(0, (self._rows, -1))
+            joined, out = product, self._new(*product.shape, dtype=self._plan.dtype)
+            self._calls.append(partial(torch.mm, rows, weight.t(), out=out))
+        self._calls.append(
+            partial(torch.add, out, bias, out=joined) if bias is not None else partial(joined.copy_, out)
+        )
+        return product.unflatten(0, (self._plan.batch_size, -1))
 
     def _normalise(
         self,
@@ -218,7 +244,9 @@ class UnrolledUnet:
         """Double the resolution: output 2t is w1 x(t) + w3 x(t - 1), output 2t + 1 is w2 x(t) + w0 x(t + 1)."""
         layer = exactly(layer, nn.ConvTranspose1d)
         weight = layer.weight.flatten(1).t()  # (C' 4, C)
-        products = self._multiply(self._copy(x.inner), weight, None).unflatten(2, (-1, 4))  # (B, T, C', 4)
+        products = self._multiply(self._copy(x.inner, self._plan.dtype), weight, None).unflatten(
+            2, (-1, 4)
+        )  # (B, T, C', 4)
         track = self._track(2 * x.inner.shape[1], products.shape[2])
         even, odd = track.inner[:, 0::2], track.inner[:, 1::2]
         w0, w1, w2, w3 = products.unbind(3)
@@ -243,16 +271,16 @@ class UnrolledUnet:
         self._calls.append(partial(track.inner.copy_, x))
         return track
 
-    def _copy(self, x: Tensor) -> Tensor:
-        copy = self._new(*x.shape)
+    def _copy(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        copy = self._new(*x.shape, dtype=dtype)
         self._calls.append(partial(copy.copy_, x))
         return copy
 
     def _track(self, steps: int, channels: int) -> Track:
-        return Track(self._like.new_zeros(self._rows, steps + 2 * self._margin, channels), self._margin)
+        return Track(self._like.new_zeros(self._plan.batch_size, steps + 2 * self._margin, channels), self._margin)
 
-    def _new(self, *shape: int) -> Tensor:
-        return self._like.new_empty(shape)
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self._like.new_empty(shape, dtype=dtype)
 
 
 def as_picture(x: Tensor) -> Tensor:

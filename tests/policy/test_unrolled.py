@@ -83,6 +83,26 @@ def test_it_is_made_once_and_sees_new_observations_and_new_weights() -> None:
     )  # other shape
 
 
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_autocast_multiplies_in_bf16_and_sees_new_weights(batch_size: int) -> None:
+    unet = make(torch.float32, down_dims=(64, 256))
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.2)
+    actions, cond = torch.randn(batch_size, 16, 3), torch.randn(batch_size, 5)
+    exact = denoise(unet, actions, cond)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, plain = denoise(unet, actions, cond)  # the plain one in bf16, too
+        assert fast.dtype == torch.float32
+        error, usual = ((value - exact).abs().max() for value in (fast, plain))
+        assert 0 < error < 2 * usual + 1e-6
+        with torch.no_grad():
+            unet.final_conv[1].weight.mul_(-1)
+            unet.final_conv[1].bias.mul_(-1)
+        torch.testing.assert_close(denoise(unet, actions, cond)[0], -fast)
+
+
 def test_what_was_returned_stays_as_it_was() -> None:
     unet = make(down_dims=(16, 32))
     with torch.no_grad():
@@ -133,6 +153,6 @@ def test_acting_on_the_cpu_takes_it_and_training_does_not(make_policy: Any, monk
     observations = {"observation.state": torch.randn(1, policy.n_obs_steps, 3)}
     policy.predict_action_chunk(observations, num_inference_steps=4)
     assert calls == [0, 1, 2, 3]
-    with torch.autocast("cpu", torch.bfloat16):
-        policy.predict_action_chunk(observations, num_inference_steps=4)
+    batch = observations | {"action": torch.randn(1, 8, 2), "action_is_pad": torch.zeros(1, 8, dtype=torch.bool)}
+    policy(batch, torch.randn(1, 8, 2), torch.tensor([3])).backward()
     assert len(calls) == 4

@@ -15,7 +15,7 @@ import wandb
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from getiaction.config import run
+from getiaction.config import precision as precision_module
 from getiaction.errors import TrainingError
 from getiaction.training.metrics import read_metrics
 
@@ -210,7 +210,7 @@ def test_bf16_trains_on_the_cpu(tiny: Any, helpers: Any, tmp_path: Path) -> None
 def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
     tiny: Any, tmp_path: Path, asked: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "multiplies_bf16", lambda device: False)  # an older CPU
+    monkeypatch.setattr(precision_module, "multiplies_bf16", lambda device: False)  # an older CPU
     caplog.set_level(logging.INFO)
     trainer = tiny.trainer(tmp_path, f"hardware.mixed_precision={asked}")
     assert trainer.accelerator.mixed_precision == "no"
@@ -223,7 +223,7 @@ def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
 def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "multiplies_bf16", lambda device: device == "cpu")
+    monkeypatch.setattr(precision_module, "multiplies_bf16", lambda device: device == "cpu")
     trainer = tiny.trainer(tmp_path, "hardware.mixed_precision=auto")
     assert trainer.accelerator.mixed_precision == "bf16"
 
