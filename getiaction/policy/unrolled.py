@@ -26,10 +26,10 @@ FEW = 32  # rows of a product that the library does in one thread
 
 
 class Kept(threading.local):
-    """Keep the last one of each U-Net, for each thread its own: they are written to while they work."""
+    """Keep the last ones of each U-Net, one for each type, for each thread its own: they are written to at work."""
 
     def __init__(self) -> None:
-        self.unrolled: WeakKeyDictionary[nn.Module, UnrolledUnet] = WeakKeyDictionary()
+        self.unrolled: WeakKeyDictionary[nn.Module, dict[torch.dtype, UnrolledUnet]] = WeakKeyDictionary()
 
 
 KEPT = Kept()
@@ -48,10 +48,11 @@ def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUn
         return None
     num_steps, batch_size = films[0].shape[:2]
     plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
-    unrolled = KEPT.unrolled.get(unet)
+    kept = KEPT.unrolled.setdefault(unet, {})
+    unrolled = kept.get(plan.dtype)
     if unrolled is None or not unrolled.fits(unet, plan):
         try:
-            KEPT.unrolled[unet] = unrolled = UnrolledUnet(unet, plan)
+            kept[plan.dtype] = unrolled = UnrolledUnet(unet, plan)
         except OtherLayerError:
             return None
     unrolled.look(films)
