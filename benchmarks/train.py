@@ -36,7 +36,7 @@ from getiaction.config.record import describe_machine
 from getiaction.interop.lerobot import write_policy
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = {"pusht_cpu": 60, "pusht_keypoints": 60, "pusht_basic": 6, "pusht_advanced": 4}
+STEPS = {"pusht_cpu": 40, "pusht_keypoints": 40, "pusht_basic": 6, "pusht_advanced": 4}
 WARM_UP = 0.34  # of the steps
 QUIET = ["training.save_every=null", "validation.every=null", "validation.max_samples=1", "validation.max_sampled=0"]
 
