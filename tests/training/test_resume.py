@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from getiaction.config.compose import compose
+from getiaction.config.resume import resumed_config
 from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics
 
@@ -295,6 +296,19 @@ def test_a_longer_run_stays_longer_when_it_is_interrupted_again(tiny: Any, helpe
     helpers.remove_checkpoint(tmp_path, 8)  # as if it had been killed at step 7
     tiny.resume(tmp_path)
     assert helpers.steps_saved(tmp_path)[-1] == 8
+
+
+def test_a_run_of_before_there_were_mirrors_goes_on_without(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    tiny.train(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["mirror"], config["training"]["observation_noise"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    now = compose(
+        ["+preset=pusht_keypoints", "mirror=pusht", "training.observation_noise=0.1", f"training.resume={tmp_path}"]
+    )
+    resumed = resumed_config(now, [f"training.resume={tmp_path}"], tmp_path)
+    assert resumed.mirror["_target_"] is None
+    assert resumed.training.observation_noise == 0
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_written_again(tiny: Any, helpers: Any, tmp_path: Path) -> None:
