@@ -25,6 +25,7 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.policy.steps import clip_of, known_steps
 
 NOISE, CHUNK, STEP_NOISE = "noise", "action", "step_noise"
+LARGEST = 1.9e9  # bytes of weights in one file, whose format ends at 2 GiB
 CLOSE = 1e-4  # of the range of the actions: how far ONNX Runtime may be from PyTorch
 
 
@@ -111,6 +112,10 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'getiaction[export]'") from error
+    if (size := 4 * sum(weight.numel() for weight in policy.parameters())) > LARGEST:
+        raise InputError(
+            f"the policy's weights take {size / 1e9:.1f} GB, and an ONNX file ends at 2 GB: train a smaller unet.down_dims"
+        )
     graph = ChunkGraph(policy.cpu().eval(), num_inference_steps).eval()
     inputs = example(policy, graph, batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -198,6 +198,13 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_no_file_can_hold_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getiaction.interop.onnx_file.LARGEST", 1000)
+    with pytest.raises(InputError, match="an ONNX file ends at 2 GB"):
+        export_onnx(tmp_path / "new" / "policy.onnx", make("states"), num_inference_steps=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match=r"onnxruntime is not installed: pip install 'getiaction\[export\]'"):
