@@ -114,7 +114,7 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
         raise InputError(f"{error.name} is not installed: pip install 'getiaction[export]'") from error
     if (size := 4 * sum(weight.numel() for weight in policy.parameters())) > LARGEST:
         raise InputError(
-            f"the policy's weights take {size / 1e9:.1f} GB, and an ONNX file ends at 2 GB: train a smaller unet.down_dims"
+            f"the policy's weights take {size / 1e9:.1f} GB, and an ONNX file ends at 2 GB: use smaller unet.down_dims"
         )
     graph = ChunkGraph(policy.cpu().eval(), num_inference_steps).eval()
     inputs = example(policy, graph, batch_size)
