@@ -258,7 +258,7 @@ MISTAKES = [
     ("three", [], "env=pusht takes actions of 2 numbers, the policy makes 3"),
     ("run", ["episodes=0"], "episodes=0 must be a whole number of at least 1"),
     ("run", ["batch_size=10"], "batch_size=10 must be a multiple of 16"),
-    ("run", ["num_inference_steps=21"], "num_inference_steps=21 must be at most 20"),
+    ("run", ["num_inference_steps=21"], "num_inference_steps=21 must be between 1 and 20"),
     ("run", ["device=gpu"], "device=gpu is not here: use "),
     ("run", ["episode=5"], "episode does not exist: did you mean episodes?"),
     ("run", ["env=pushy"], "env=pushy does not exist: did you mean pusht?"),
