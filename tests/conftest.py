@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,6 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, and what they start, share the cores
 # A shell that starts pytest in the background makes it ignore Ctrl-C, and so every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# TensorBoard's logging closes what sys.stderr was when it was imported: here that is where pytest keeps what tests say.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 PATIENCE = 120  # seconds until a test gives up waiting for a process
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
