@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/evaluate-<date>.json")
     arguments = parser.parse_args()
-    given = [*arguments.checkpoint, *[None] * len(arguments.presets)]
+    if len(arguments.checkpoint) > len(arguments.presets):
+        parser.error(f"{len(arguments.checkpoint)} checkpoints for {len(arguments.presets)} presets")
+    given = [*(path.resolve() for path in arguments.checkpoint), *[None] * len(arguments.presets)]
     results = [compare(preset, path, arguments) for preset, path in zip(arguments.presets, given, strict=False)]
     path = arguments.result or RESULTS / f"evaluate-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

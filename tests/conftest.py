@@ -68,12 +68,17 @@ def creep() -> Creep:
 
     def until(process: subprocess.Popen[str], happened: Callable[[], bool], said: Callable[[], str]) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not happened():
-            assert time.monotonic() < deadline, f"nothing happened in {PATIENCE} s:\n{said()}"
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.005)
-            process.send_signal(signal.SIGSTOP)
-            assert process.poll() is None, f"the process ended with {process.returncode} too early:\n{said()}"
+        process.send_signal(signal.SIGSTOP)
+        try:
+            while not happened():
+                assert time.monotonic() < deadline, f"nothing happened in {PATIENCE} s:\n{said()}"
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.005)
+                process.send_signal(signal.SIGSTOP)
+                assert process.poll() is None, f"the process ended with {process.returncode} too early:\n{said()}"
+        except BaseException:
+            process.kill()
+            raise
 
     return until
 

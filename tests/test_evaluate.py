@@ -17,9 +17,10 @@ import av
 import psutil
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
-from getiaction.config.sampling import change_scheduler
+from getiaction.config.sampling import change_scheduler, find_scheduler
 from getiaction.errors import InputError
 from getiaction.evaluate import main
 from getiaction.interop.lerobot import load_policy
@@ -346,7 +347,7 @@ def test_another_sampler_is_one_override_away(
 
 def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:
     policy = load_policy(keypoints_run / "checkpoints/last/pretrained_model")
-    with pytest.raises(InputError, match="adds noise in another way than the policy was trained with"):
+    with pytest.raises(InputError, match="cannot change after training|adds noise in another way"):
         change_scheduler(policy, {"_target_": "diffusers.DDIMScheduler", "beta_start": 0.1})
 
 
@@ -362,3 +363,17 @@ def test_acting_in_bf16_is_another_evaluation(keypoints_run: Path, tmp_path: Pat
     assert [row["actions"] for row in half] != [row["actions"] for row in full]
     assert half[0]["actions"][0] == pytest.approx(full[0]["actions"][0], abs=5)  # pixels
     assert command(*short, *more[:2], "mixed_precision=int8", f"output_dir={tmp_path / 'int8'}") == 2
+
+
+def test_the_policys_own_settings_hold_unless_others_are_asked_for(keypoints_run: Path) -> None:
+    policy = load_policy(keypoints_run / "checkpoints/last/pretrained_model")
+    policy.noise_scheduler = DDPMScheduler.from_config(
+        policy.noise_scheduler.config, clip_sample=False, timestep_spacing="trailing"
+    )
+    change_scheduler(policy, find_scheduler("ddim"))
+    config = policy.noise_scheduler.config
+    assert (config.clip_sample, config.timestep_spacing, config.num_train_timesteps) == (False, "trailing", 20)
+    change_scheduler(policy, find_scheduler("ddim") | {"clip_sample_range": 0.5})
+    assert policy.noise_scheduler.config.clip_sample_range == 0.5
+    with pytest.raises(InputError, match=r"scheduler\.prediction_type=v_prediction cannot change after training"):
+        change_scheduler(policy, find_scheduler("ddim") | {"prediction_type": "v_prediction"})

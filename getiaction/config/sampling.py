@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import get_class
 
 from getiaction.config.build import build_group
 from getiaction.config.compose import CONF_DIR
 from getiaction.errors import InputError
 from getiaction.policy import DiffusionPolicy
 
-TRAINED = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "prediction_type",
-    "clip_sample",
-    "clip_sample_range",
-)
+TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 """What a policy was trained with, and keeps."""
 
 
 def change_scheduler(policy: DiffusionPolicy, scheduler: Mapping[str, Any]) -> None:
     """Let `policy` denoise by `scheduler`, a leaf of `conf/scheduler/`, on the noise that it was trained with.
 
+    The policy's own settings hold (clipping, the spacing of steps), unless `scheduler` says otherwise than its leaf.
+
     Raises:
-        InputError: the scheduler cannot be built, or means another amount of noise by a step.
+        InputError: the scheduler cannot be built, or would change what the policy was trained with.
     """
-    trained = policy.noise_scheduler.config
-    kept = {key: trained[key] for key in TRAINED if key in scheduler and key in trained}
-    changed = build_group("scheduler", {**scheduler, **kept})
-    own = policy.noise_scheduler.alphas_cumprod
-    noise = getattr(changed, "alphas_cumprod", None)
-    if noise is None or noise.shape != own.shape or not noise.allclose(own.to(noise), atol=1e-6):
+    own, target = policy.noise_scheduler.config, scheduler["_target_"]
+    usual = usual_values(target)
+    asked = {key: value for key, value in scheduler.items() if key[0] != "_" and usual.get(key, own) != value}
+    if other := [key for key in TRAINED if key in asked and asked[key] != own.get(key)]:
+        raise InputError(
+            f"scheduler.{other[0]}={asked[other[0]]} cannot change after training, it was {own.get(other[0])}: leave it "
+            "out"
+        )
+    takes = inspect.signature(get_class(target)).parameters
+    unset = own.get("_use_default_values", [])
+    kept = {key: value for key, value in own.items() if key in takes and (key in TRAINED or key not in unset)}
+    changed = build_group("scheduler", {"_target_": target, **kept, **asked})
+    before, noise = policy.noise_scheduler.alphas_cumprod, getattr(changed, "alphas_cumprod", None)
+    if noise is None or noise.shape != before.shape or not noise.allclose(before.to(noise), atol=1e-6):
         raise InputError(
             f"scheduler={type(changed).__name__} adds noise in another way than the policy was trained with, so it "
             "cannot denoise for it: use ddpm, ddim or dpm_solver"
         )
     policy.noise_scheduler = changed
+
+
+def usual_values(target: str) -> dict[str, Any]:
+    """Return what the leaf of `conf/scheduler/` that builds this class says; nothing for another class."""
+    leaves = (find_scheduler(path.stem) for path in (Path(CONF_DIR) / "scheduler").glob("*.yaml"))
+    return next((leaf for leaf in leaves if leaf["_target_"] == target), {})
 
 
 def find_scheduler(name: str) -> dict[str, Any]:

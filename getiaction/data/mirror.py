@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ class Mirror:
     """Say how each feature looks in the mirror.
 
     Args:
-        features: key -> for a vector `order` (D,), `scale` and `offset`: number i becomes
-            `value[order[i]] * scale + offset`. For a camera `flip`, some of "height" and "width", then `transpose`,
-            rows for columns; `source` names the camera whose picture it is (a right one's is the left one's).
+        features: key -> for a vector `order` (D,), `scale` and `offset`, each one number or D of them: number i becomes
+            `value[order[i]] * scale[i] + offset[i]`. For a camera `flip`, some of "height" and "width", then
+            `transpose`, rows for columns; `source` names the camera whose picture it is (a right one's is the left's).
 
     Raises:
         ValueError: an entry that means nothing, or a mirror whose image's image is not what it began with.
@@ -40,12 +41,17 @@ class Mirror:
                     raise ValueError(f"features.{key}.flip={wrong} must be some of {sorted(SIDES)}")
                 if self.source(self.source(key)) != key:
                     raise ValueError(f"features.{key}.source={self.source(key)} must have {key} as its own source")
+                pixels = torch.arange(9.0).reshape(3, 3, 1)
+                if not torch.equal(self.picture(key, self.picture(self.source(key), pixels)), pixels):
+                    raise ValueError(f"features.{key}: mirrored twice, it must be what it was")
                 continue
             order = list(entry.get("order", ()))
             if sorted(order) != list(range(len(order))) or not order:
                 raise ValueError(f"features.{key}.order={order} must name each place once, counted from 0")
-            probe = torch.rand(1, len(order))
-            if not self.vector(key, self.vector(key, probe)).allclose(probe, atol=1e-3):
+            if any(np.size(entry.get(name, 0.0)) not in (1, len(order)) for name in ("scale", "offset")):
+                raise ValueError(f"features.{key}: scale and offset must be one number each, or {len(order)}")
+            probe = torch.arange(1.0, len(order) + 1, dtype=torch.float64)
+            if not self.vector(key, self.vector(key, probe)).allclose(probe):
                 raise ValueError(f"features.{key}: mirrored twice, it must be what it was")
 
     def source(self, camera: str) -> str:
@@ -55,7 +61,11 @@ class Mirror:
     def vector(self, key: str, values: Tensor) -> Tensor:
         """Mirror vectors (..., D), in raw units."""
         entry = self.features[key]
-        return values[..., list(entry["order"])] * entry.get("scale", 1.0) + entry.get("offset", 0.0)
+        scale, offset = (
+            torch.as_tensor(entry.get(name, usual), dtype=values.dtype, device=values.device)
+            for name, usual in (("scale", 1.0), ("offset", 0.0))
+        )
+        return values[..., list(entry["order"])] * scale + offset
 
     def picture(self, key: str, pixels: Tensor) -> Tensor:
         """Mirror pictures (..., H, W, C)."""

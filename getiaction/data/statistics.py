@@ -35,7 +35,7 @@ def compute_statistics(
     statistics = {}
     for key, values in episodes.vectors.items():
         chosen = values[rows].astype(np.float64)
-        if mirror is not None and key in mirror.features:
+        if mirror is not None and len(mirror.features.get(key, {}).get("order", ())) == values.shape[1]:
             chosen = np.concatenate([chosen, mirror.vector(key, torch.from_numpy(chosen)).numpy()])
         summary = {"min": chosen.min(0), "max": chosen.max(0), "mean": chosen.mean(0), "std": chosen.std(0)}
         statistics[key] = {name: torch.from_numpy(value).float() for name, value in summary.items()}

@@ -6,6 +6,7 @@ Everything is in the graph: resizing, cropping and normalising, the encoder, the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import statistics
@@ -118,19 +119,23 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
         )
     graph = ChunkGraph(policy.cpu().eval(), num_inference_steps).eval()
     inputs = example(policy, graph, batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a folder that cannot be written to is known before the work
         onnx.save(to_onnx(graph, inputs), temporary)
         compared = compare(temporary, graph, inputs)
-        if compared.difference > CLOSE:
+        if not compared.difference <= CLOSE:  # NaN is not
             raise InputError(
                 f"{path} was not written: ONNX Runtime and PyTorch differ by {compared.difference:.1e} of the actions' "
                 "range"
             )
         temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}): give another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return compared
 
 

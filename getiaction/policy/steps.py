@@ -8,6 +8,7 @@ Source: DDPM: Ho et al., arXiv:2006.11239, formula 7; DDIM: Song et al., arXiv:2
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def known_steps(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, list[
         return None
     if kind is DDPMScheduler and config.variance_type not in VARIANCES:
         return None
+    scheduler = copy.copy(scheduler)  # its state is not ours to change: other threads may ask, too
     scheduler.set_timesteps(num_inference_steps)
     alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.cpu().long()
     steps = []
@@ -103,9 +105,9 @@ def known_steps(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, list[
 def clean_from(alpha: float, prediction_type: str) -> tuple[float, float]:
     """Return a and b, given the cumulative product of alphas."""
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
-    return {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}[
-        prediction_type
-    ]
+    if prediction_type == "epsilon":
+        return 1 / signal, -noise / signal
+    return (0.0, 1.0) if prediction_type == "sample" else (signal, -noise)
 
 
 def ddpm_step(alpha: float, before: float, prediction_type: str, variance_type: str, *, is_last: bool) -> Step:
@@ -127,7 +129,8 @@ def ddim_step(alpha: float, before: float, prediction_type: str) -> Step:
     """Return DDIM's step, without noise, from cumulative alpha to the one `before`."""
     a, b = clean_from(alpha, prediction_type)
     signal, noise, rest = alpha**0.5, (1 - alpha) ** 0.5, (1 - before) ** 0.5
-    d, e = {"epsilon": (0.0, 1.0), "sample": (1 / noise, -signal / noise), "v_prediction": (noise, signal)}[
-        prediction_type
-    ]
+    if prediction_type == "epsilon":
+        d, e = 0.0, 1.0
+    else:
+        d, e = (1 / noise, -signal / noise) if prediction_type == "sample" else (noise, signal)
     return Step(a=a, b=b, c=before**0.5, d=rest * d, e=rest * e, s=0.0)

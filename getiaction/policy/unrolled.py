@@ -38,9 +38,9 @@ KEPT = Kept()
 def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
     """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
 
-    Under autocast to bf16 it keeps its own bf16 weights, made anew when PyTorch counts a change of the network's.
-    None if this is no inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes
-    (parametrised ones, say). Hooks of its modules are not called.
+    Under autocast to bf16 it multiplies by bf16 copies of the weights, fresh for each batch of observations. None if
+    this is no inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones,
+    say). Hooks of its modules are not called.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or films[0].device.type != "cpu":
         return None
@@ -113,8 +113,8 @@ class UnrolledUnet:
 
     def __init__(self, unet: ConditionalUnet1d, plan: Plan) -> None:
         self._plan, self._like, self._number = plan, next(unet.parameters()), 0
-        self._copies = plan.dtype != self._like.dtype
         self._weights = self._identify(unet)
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of weights in another type, and the weights
         self._calls: list[Callable[[], object]] = []
         self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
         self._margin = max(unet.kernel_size // 2, 1)
@@ -137,15 +137,17 @@ class UnrolledUnet:
         """Tell whether a new one would be the same."""
         return self._plan == plan and self._weights == self._identify(unet)
 
-    def _identify(self, unet: ConditionalUnet1d) -> list[tuple[int, int]]:
-        """Return where the weights lie and, if they are copied, how often PyTorch has seen each change."""
-        return [(weight.data_ptr(), weight._version if self._copies else 0) for weight in unet.parameters()]
+    def _identify(self, unet: ConditionalUnet1d) -> list[int]:
+        """Return where the weights lie; what is used here keeps them there."""
+        return [weight.data_ptr() for weight in unet.parameters()]
 
     @torch.inference_mode()
     def look(self, films: Sequence[Tensor]) -> None:
         """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
         for own, film in zip(self._films, films, strict=True):
             own.copy_(film)
+        for copy, weight in self._copies:
+            copy.copy_(weight)
 
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
@@ -182,7 +184,11 @@ class UnrolledUnet:
     def _multiply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply (B, T, K) by the transpose of (C, K) into a new (B, T, C)."""
         (channels, size), rows, threads = weight.shape, rows.flatten(0, 1), self._plan.threads  # rows: (B T, K)
-        weight, bias = weight.detach().to(self._plan.dtype), bias.detach() if bias is not None else None
+        weight, bias = weight.detach(), bias.detach() if bias is not None else None
+        copies = weight.dtype != self._plan.dtype
+        if copies:
+            self._copies.append((torch.empty_like(weight, dtype=self._plan.dtype), weight))
+            weight = self._copies[-1][0]
         product = self._new(len(rows), channels)
         split = threads > 1 and channels % threads == 0 and channels * size > LARGE and len(rows) <= FEW
         if split:  # the library leaves few rows to one thread: a part of C for each
@@ -191,7 +197,7 @@ class UnrolledUnet:
             self._calls.append(partial(torch.bmm, rows.expand(threads, *rows.shape), columns, out=out))
             joined, out = product.unflatten(1, (threads, -1)), out.transpose(0, 1)  # (B T, parts, C / parts) both
             bias = bias.view(threads, -1) if bias is not None else None
-        elif bias is not None and not self._copies:
+        elif bias is not None and not copies:
             self._calls.append(partial(torch.addmm, bias, rows, weight.t(), out=product))
             return product.unflatten(0, (self._plan.batch_size, -1))
         else:

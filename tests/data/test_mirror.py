@@ -136,6 +136,9 @@ def test_statistics_are_those_of_both_sides(toy_episodes: Any) -> None:
         ({ACTION: {"order": [1, 2, 0]}}, "mirrored twice, it must be what it was"),
         ({ACTION: {"order": [0, 1], "scale": 2.0}}, "mirrored twice"),
         ({ACTION: {"order": [0], "sign": -1}}, r"features.action has \['sign'\]"),
+        ({OBS_IMAGE: {"flip": ["width"], "transpose": True}}, "mirrored twice"),
+        ({ACTION: {"order": [1, 0], "scale": [1.0, 2.0]}}, "mirrored twice"),
+        ({ACTION: {"order": [1, 0], "scale": [1.0, 2.0, 1.0]}}, "must be one number each, or 2"),
         ({OBS_IMAGE: {"flip": ["depth"]}}, r"flip=\['depth'\] must be some of \['height', 'width'\]"),
         (
             {"observation.images.left": {"source": "observation.images.right"}, "observation.images.right": {}},
@@ -146,3 +149,10 @@ def test_statistics_are_those_of_both_sides(toy_episodes: Any) -> None:
 def test_what_means_nothing_is_refused(features: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Mirror(features)
+
+
+def test_each_joint_has_its_own_sign() -> None:
+    arms = Mirror({ACTION: {"order": [2, 3, 0, 1], "scale": [1.0, -1.0, 1.0, -1.0], "offset": [0.0, 6.0, 0.0, 6.0]}})
+    torch.testing.assert_close(
+        arms.vector(ACTION, torch.tensor([1.0, 2.0, 3.0, 4.0])), torch.tensor([3.0, 2.0, 1.0, 4.0])
+    )

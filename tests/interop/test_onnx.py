@@ -198,6 +198,21 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_nan_is_not_kept(tmp_path: Path) -> None:
+    policy = make("states")
+    policy.diffusion.unet.final_conv[1].bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="was not written"):
+        export_onnx(tmp_path / "policy.onnx", policy, num_inference_steps=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getiaction.interop.onnx_file.to_onnx", None)  # not reached
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        export_onnx(tmp_path / "file" / "policy.onnx", make("states"), num_inference_steps=2)
+
+
 def test_what_no_file_can_hold_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getiaction.interop.onnx_file.LARGEST", 1000)
     with pytest.raises(InputError, match="an ONNX file ends at 2 GB"):

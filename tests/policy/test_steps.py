@@ -79,6 +79,13 @@ def test_other_schedulers_take_their_own_steps_and_start_afresh(make: Any, more:
     assert torch.equal(first[-1], run(make(100), 10, outputs, seed=1, ours=False)[-1])
 
 
+def test_a_schedule_that_ends_in_pure_noise() -> None:
+    more = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler, outputs = DDIMScheduler(100, beta_schedule="squaredcos_cap_v2", **more), torch.randn(5, 2, 4, 3)
+    ours, theirs = (run(scheduler, 5, outputs, seed=1, ours=ours) for ours in (True, False))
+    torch.testing.assert_close(ours[-1], theirs[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_generator_for_each_row() -> None:
     scheduler = DDPMScheduler(100)
     timesteps, take = start(scheduler, 10)
