@@ -347,7 +347,7 @@ def test_another_sampler_is_one_override_away(
 
 def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:
     policy = load_policy(keypoints_run / "checkpoints/last/pretrained_model")
-    with pytest.raises(InputError, match="cannot change after training|adds noise in another way"):
+    with pytest.raises(InputError, match=r"cannot change after training|adds noise in another way"):
         change_scheduler(policy, {"_target_": "diffusers.DDIMScheduler", "beta_start": 0.1})
 
 

@@ -32,8 +32,8 @@ def change_scheduler(policy: DiffusionPolicy, scheduler: Mapping[str, Any]) -> N
     asked = {key: value for key, value in scheduler.items() if key[0] != "_" and usual.get(key, own) != value}
     if other := [key for key in TRAINED if key in asked and asked[key] != own.get(key)]:
         raise InputError(
-            f"scheduler.{other[0]}={asked[other[0]]} cannot change after training, it was {own.get(other[0])}: leave it "
-            "out"
+            f"scheduler.{other[0]}={asked[other[0]]} cannot change after training, where it was "
+            f"{own.get(other[0])}: leave it out"
         )
     takes = inspect.signature(get_class(target)).parameters
     unset = own.get("_use_default_values", [])
