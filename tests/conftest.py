@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +24,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # TensorBoard's logging closes what sys.stderr was when it was imported: here that is where pytest keeps what tests say.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
-PATIENCE = 120  # seconds until a test gives up waiting for a process
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -53,34 +50,6 @@ def pusht_keypoints_root() -> Path:
             f"needs the real PushT keypoints in {SHARED / 'pusht_keypoints'} (they are not part of the repository)"
         )
     return SHARED / "pusht_keypoints"
-
-
-Creep = Callable[[subprocess.Popen[str], Callable[[], bool], Callable[[], str]], None]
-
-
-@pytest.fixture(scope="session")
-def creep() -> Creep:
-    """Return a function that lets a process run, a few milliseconds at a time, until something has happened.
-
-    A test on a busy machine may look away for longer than the process takes to its end. So it is stopped while the test
-    looks, and it is left stopped: send it a signal, then `SIGCONT`.
-    """
-
-    def until(process: subprocess.Popen[str], happened: Callable[[], bool], said: Callable[[], str]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        process.send_signal(signal.SIGSTOP)
-        try:
-            while not happened():
-                assert time.monotonic() < deadline, f"nothing happened in {PATIENCE} s:\n{said()}"
-                process.send_signal(signal.SIGCONT)
-                time.sleep(0.005)
-                process.send_signal(signal.SIGSTOP)
-                assert process.poll() is None, f"the process ended with {process.returncode} too early:\n{said()}"
-        except BaseException:
-            process.kill()
-            raise
-
-    return until
 
 
 MakeDataset = Callable[..., Path]

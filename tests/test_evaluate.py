@@ -26,7 +26,8 @@ from getiaction.evaluate import main
 from getiaction.interop.lerobot import load_policy
 
 SHORT = ("env=pusht", "env.max_steps=20", "device=cpu", "num_threads=1", "videos=false", "num_workers=0")
-LONG = (*SHORT[:1], "env.max_steps=120", *SHORT[2:], "episodes=12", "num_envs=1")
+SLOW = (*SHORT[:1], "env.max_steps=120", *SHORT[2:], "num_envs=1")
+ENDLESS = (*SLOW, "episodes=500")  # a minute and more
 PATIENCE = 120  # seconds until a test gives up waiting for a process
 
 Command = Callable[..., int]
@@ -111,36 +112,42 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         )
 
 
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a running process has written so many lines."""
+    deadline = time.monotonic() + PATIENCE
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert process.poll() is None, log.parent.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_killed_interrupted_and_gone_on_equals_uninterrupted(
-    keypoints_run: Path, tmp_path: Path, command: Command, creep: Any
+    keypoints_run: Path, tmp_path: Path, command: Command
 ) -> None:
+    """The stopped runs ask for far more episodes than they get to: a busy machine may look away for seconds."""
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     log = folder / "episodes.jsonl"
 
-    def stop_at(process: subprocess.Popen[str], count: int, number: int) -> int:
-        def there() -> bool:
-            return log.exists() and len(log.read_text().splitlines()) > count  # and a line that says what it is
-
-        creep(process, there, folder.with_suffix(".log").read_text)
+    def run_until(count: int, number: int) -> int:
+        """Run until `count` episodes are there, and stop by a signal; return the exit code."""
+        process = start(folder, f"checkpoint={keypoints_run}", *ENDLESS)
+        wait_for_lines(log, count + 1, process)  # and a line that says whose they are
         process.send_signal(number)
-        process.send_signal(signal.SIGCONT)
         return process.wait(PATIENCE)
 
-    assert command(f"checkpoint={keypoints_run}", *LONG, f"output_dir={whole}") == 0
-    process = start(folder, f"checkpoint={keypoints_run}", *LONG)
-    assert stop_at(process, 2, signal.SIGKILL) == -signal.SIGKILL
+    assert run_until(2, signal.SIGKILL) == -signal.SIGKILL
     killed = len(episodes(folder))
-    assert 2 <= killed < 12
     with log.open("a") as file:
-        file.write('{"seed": 1011, "success": fa')  # a line that the kill cut short
-    process = start(folder, f"checkpoint={keypoints_run}", *LONG)
-    assert stop_at(process, killed + 2, signal.SIGINT) == 130
+        file.write('{"seed": 1999, "success": fa')  # a line that the kill cut short
+    assert run_until(killed + 2, signal.SIGINT) == 130
     said = folder.with_suffix(".log").read_text()
     assert f"To go on: python -m getiaction.evaluate checkpoint={keypoints_run}" in said
     assert "Traceback" not in said
-    assert killed < len(episodes(folder)) < 12
+    assert killed < len(episodes(folder)) < 500
     assert not (folder / "evaluation.json").exists()
-    assert command(f"checkpoint={keypoints_run}", *LONG, f"output_dir={folder}") == 0
+    enough = (*SLOW, f"episodes={len(episodes(folder)) + 2}")
+    assert command(f"checkpoint={keypoints_run}", *enough, f"output_dir={folder}") == 0
+    assert command(f"checkpoint={keypoints_run}", *enough, f"output_dir={whole}") == 0
     assert episodes(folder) == episodes(whole)
     assert read(folder)["rows"] == read(whole)["rows"]
     assert read(folder)["score"] == read(whole)["score"]
@@ -175,13 +182,9 @@ def test_a_folder_of_another_checkpoint_is_refused(
 
 def test_a_killed_worker_ends_the_evaluation_with_one_message(keypoints_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
-    arguments = [argument for argument in LONG if argument not in ("num_workers=0", "episodes=12")]
-    process = start(folder, f"checkpoint={keypoints_run}", *arguments, "num_workers=1", "episodes=500")
-    log, deadline = folder / "episodes.jsonl", time.monotonic() + PATIENCE
-    while not log.exists() or len(log.read_text().splitlines()) < 2:
-        assert process.poll() is None, folder.with_suffix(".log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    arguments = [argument for argument in ENDLESS if argument != "num_workers=0"]
+    process = start(folder, f"checkpoint={keypoints_run}", *arguments, "num_workers=1")
+    wait_for_lines(folder / "episodes.jsonl", 2, process)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 1
     workers[0].kill()
