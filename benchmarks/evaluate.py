@@ -1,9 +1,9 @@
 """Measure evaluation against `lerobot-eval`, turn by turn: `python -m benchmarks.evaluate --episodes 20`.
 
 A policy of drawn weights (or `--checkpoint`, one for each preset) acts in gym-pusht by both commands, as users run
-them: LeRobot with its own choice of environments at once, ours with ours, both with films. They take turns in changing
-order. Reported are episodes per minute of the whole command, start-up included, and of the rollouts alone, as each
-says itself (LeRobot's rollouts draw its films, ours are drawn after them).
+them: LeRobot with its own choice of environments at once (or `--lerobot-batch`), ours with ours, both with films. They
+take turns in changing order. Reported are episodes per minute of the whole command, start-up included, and of the
+rollouts alone, as each says itself (LeRobot's rollouts draw its films, ours are drawn after them).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,16 @@ def evaluate_ours(policy: Path, folder: Path, episodes: int, pictures: bool) -> 
     return command, seconds, episodes / said["episodes_per_minute"] * 60
 
 
-def evaluate_lerobot(policy: Path, folder: Path, episodes: int, pictures: bool) -> tuple[list[str], float, float]:
+def evaluate_lerobot(
+    policy: Path, folder: Path, episodes: int, pictures: bool, batch_size: int = 0
+) -> tuple[list[str], float, float]:
     """Return the command, its seconds, and the seconds of the rollouts."""
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_eval", f"--policy.path={policy}", "--env.type=pusht"]
-    command += [f"--eval.n_episodes={episodes}", "--eval.batch_size=0", f"--output_dir={folder / 'lerobot'}"]
+    command += [
+        f"--eval.n_episodes={episodes}",
+        f"--eval.batch_size={batch_size}",
+        f"--output_dir={folder / 'lerobot'}",
+    ]
     command += [f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
     command += [] if pictures else ["--env.obs_type=environment_state_agent_pos"]
     seconds = run(command, folder)
@@ -66,7 +73,7 @@ def compare(preset: str, checkpoint: Path | None, arguments: argparse.Namespace)
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         policy = checkpoint or write_start(preset, Path(place) / "policy")
-        calls = {"lerobot": evaluate_lerobot, "getiaction": evaluate_ours}
+        calls = {"lerobot": partial(evaluate_lerobot, batch_size=arguments.lerobot_batch), "getiaction": evaluate_ours}
         for number in range(arguments.rounds):
             for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
                 folder = Path(place) / f"{name}{number}"
@@ -93,6 +100,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", nargs="*", type=Path, default=[], help="policy folders, in the presets' order")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--lerobot-batch", type=int, default=0, help="LeRobot's environments at once; 0: its own choice"
+    )
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/evaluate-<date>.json")
     arguments = parser.parse_args()
     if len(arguments.checkpoint) > len(arguments.presets):
