@@ -29,6 +29,7 @@ from getiaction.simulation.evaluation import Crowd
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ("ddpm:100", "ddpm:20", "ddpm:10", "ddpm:5", "ddim:10", "ddim:5", "ddim:2", "dpm_solver:10", "dpm_solver:5")
+ONNX_STEPS = 20  # writing 100 steps one after the other takes PyTorch's exporter more than seven minutes
 
 
 def measure(checkpoint: Path, sampler: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +46,8 @@ def measure(checkpoint: Path, sampler: str, arguments: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as folder:
         summary = evaluation.run(policy, Path(folder), {})
     torch_ms = measure_latency(policy, environment, steps)
-    onnx_ms = measure_onnx(policy, steps) if known_steps(policy.noise_scheduler, steps) else None
+    exported = steps <= ONNX_STEPS and known_steps(policy.noise_scheduler, steps)
+    onnx_ms = measure_onnx(policy, steps) if exported else None
     chunk_ms = policy.n_action_steps / arguments.hz * 1e3
     return {
         "sampler": name,
@@ -65,6 +67,16 @@ def measure_onnx(policy: DiffusionPolicy, steps: int) -> float:
         milliseconds = export_onnx(Path(folder) / "policy.onnx", policy, num_inference_steps=steps).onnx_ms
     policy.to(device)
     return milliseconds
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return the table's row."""
+    score, success = row["score"], row["success"]
+    return (
+        f"| {row['sampler']} | {row['steps']} | {score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}] | {success[0]:.0%} "
+        f"[{success[1]:.0%}, {success[2]:.0%}] | {row['torch_ms']:.1f} | {row['onnx_ms'] or '-'} | "
+        f"{row['share_of_chunk']:.1%} |"
+    )
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -101,21 +113,17 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/steps-<date>.json")
     arguments = parser.parse_args()
     checkpoint = find_policy_folder(arguments.checkpoint)
-    rows = [measure(checkpoint, sampler, arguments) for sampler in arguments.samplers]
+    print("| sampler | steps | score A | success B | PyTorch, ms | ONNX Runtime, ms | share of the chunk's time |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for sampler in arguments.samplers:
+        rows.append(measure(checkpoint, sampler, arguments))
+        print(shown(rows[-1]), flush=True)
     path = arguments.result or RESULTS / f"steps-{datetime.now(UTC):%Y-%m-%d}.json"
     described = {"date": datetime.now(UTC).isoformat(), **describe_machine(torch.device(pick_device(arguments.device)))}
     described |= {"checkpoint": str(checkpoint), "episodes": arguments.episodes, "hz": arguments.hz, "rows": rows}
     path.write_text(json.dumps(described, indent=1) + "\n")
     draw(path.with_suffix(".png"), rows)
-    print("| sampler | steps | score A | success B | PyTorch, ms | ONNX Runtime, ms | share of the chunk's time |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        score, success = row["score"], row["success"]
-        print(
-            f"| {row['sampler']} | {row['steps']} | {score[0]:.3f} [{score[1]:.3f}, {score[2]:.3f}] | {success[0]:.0%} "
-            f"[{success[1]:.0%}, {success[2]:.0%}] | {row['torch_ms']:.1f} | {row['onnx_ms'] or '-'} | "
-            f"{row['share_of_chunk']:.1%} |"
-        )
     print(f"written to {path}")
 
 
