@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import DiffusionPolicy, Features, Normalizer
 from getiaction.policy.encoder import load_resnet
 from getiaction.random import Purpose, derive_seed
+
+LR_RULES: dict[str, Callable[[int], float]] = {"none": lambda parts: 1.0, "sqrt": math.sqrt, "linear": float}
 
 
 def build_group(name: str, group: Mapping[str, Any], **extra: Any) -> Any:
@@ -134,9 +137,19 @@ def build_policy(
         raise InputError(str(error)) from error
 
 
-def build_optimizer(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimiser over all parameters, in the policy's order."""
-    return build_group("optimizer", {**config.optimizer, "_convert_": "all"}, params=list(parameters))
+def build_optimizer(
+    config: Config, parameters: Iterable[torch.nn.Parameter], *, parts: int = 1
+) -> torch.optim.Optimizer:
+    """Build the optimiser over all parameters, in the policy's order.
+
+    Args:
+        parts: micro-batches of one step, on all processes: what `optimizer.scale_lr` multiplies the rate by.
+    """
+    group = {**config.optimizer, "_convert_": "all"}
+    rule = group.pop("scale_lr", "none")  # runs of before it was there have no such key
+    if "lr" in group:
+        group["lr"] *= LR_RULES[rule](parts)
+    return build_group("optimizer", group, params=list(parameters))
 
 
 def build_lr_scheduler(

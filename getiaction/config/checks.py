@@ -222,6 +222,11 @@ def check_devices(config: Config) -> Iterator[Problem]:
         yield Problem(
             "hardware.compile=true needs a C++ compiler (g++), and none is here: install one, or leave it out"
         )
+    if hardware.num_nodes > 1 and not (hardware.rendezvous or "WORLD_SIZE" in os.environ):
+        yield Problem(
+            f"hardware.num_nodes={hardware.num_nodes} needs a place where they meet: hardware.rendezvous=<host>:29500, "
+            "the same on each, and output_dir=<folder> that each of them sees"
+        )
     launched = "WORLD_SIZE" in os.environ  # several machines may share the processes
     if not launched and hardware.num_processes > 1 and hardware.device != "cpu" and gpus < hardware.num_processes:
         yield Problem(

@@ -64,7 +64,7 @@ class Evaluation:
         """Roll the policy out and write `folder`: episodes as they end, then numbers, sheet and films.
 
         Raises:
-            Stopped: `stopping`, asked now and then, said so.
+            Stopped: `stopping`, asked now and then, said so, here or on another rank.
         """
         make = build_environment(self.env)
         act = BatchedActor(policy, batch_size=self.batch_size, num_inference_steps=self.num_inference_steps)
@@ -78,7 +78,8 @@ class Evaluation:
             "device": act.device.type,
             **({"mixed_precision": self.mixed_precision} if self.mixed_precision != "no" else {}),
         }
-        kept = EpisodeLog(folder / "episodes.jsonl", identity)
+        writes = self.crowd.team.rank == 0
+        kept = EpisodeLog(folder / "episodes.jsonl" if writes else None, identity)
         before, start = len(kept.episodes), time.perf_counter()
         with autocast(self.mixed_precision, act.device):
             episodes = run_episodes(
@@ -95,6 +96,8 @@ class Evaluation:
         rate = (len(kept.episodes) - before) / (time.perf_counter() - start) * 60
         log.info("%.0f episodes/min", rate)
         summary = summarize(episodes)
+        if not writes:
+            return summary
         write_numbers(folder, summary, episodes, {**identity, "episodes_per_minute": rate, **described})
         if self.videos:
             environment = make()

@@ -1,4 +1,7 @@
-"""Start the processes of data-parallel training, by torch's own launcher, when a plain command asks for several."""
+"""Start the processes of data-parallel training, by torch's own launcher, when a plain command asks for several.
+
+On several machines the same plain command runs on each; the launchers meet at `hardware.rendezvous`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from types import FrameType
 import psutil
 from hydra.core.hydra_config import HydraConfig
 
-from getiaction.config.schema import Config
+from getiaction.config.schema import Config, HardwareConfig
+from getiaction.machine import count_cores
 from getiaction.training.metrics import read_metrics
+from getiaction.training.signals import STOPPING, WARNINGS
 
 log = logging.getLogger(__name__)
+LAUNCHED = "GETIACTION_LAUNCHED"
+"""Set in the processes that `launch_processes` starts."""
 
 
 def must_launch(config: Config) -> bool:
     """Tell whether several processes are wanted and no launcher (torchrun, accelerate) has started them."""
-    return config.hardware.num_processes > 1 and "WORLD_SIZE" not in os.environ
+    return config.hardware.num_processes * config.hardware.num_nodes > 1 and "WORLD_SIZE" not in os.environ
 
 
 def launch_processes(config: Config, folder: Path) -> float | None:
@@ -38,30 +45,47 @@ def launch_processes(config: Config, folder: Path) -> float | None:
     check_config(config)
     check_dataset(config, find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision))
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("output_dir=")]
+    hardware = config.hardware
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={config.hardware.num_processes}",
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={hardware.num_processes}"),
+        *meeting(hardware),
         *("-m", "getiaction.train", *overrides, f"output_dir='{folder}'"),
     ]
-    log.info("starting %d processes", config.hardware.num_processes)
-    if code := run_and_forward_signals(command):
+    elsewhere = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes > 1 else ""
+    log.info("starting %d processes%s", hardware.num_processes, elsewhere)
+    threads = max(count_cores() // hardware.num_processes, 1)  # torchrun's choice is 1
+    if code := run_and_forward_signals(command, {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}):
         sys.exit(code)
     lines = [line for line in read_metrics(folder) if "val_loss" in line or "loss" in line]
     latest = {key: value for line in lines for key, value in line.items()}
     return latest.get(config.sweep_metric, latest.get("loss"))
 
 
-def run_and_forward_signals(command: list[str]) -> int:
-    """Run a command, passing SIGTERM and SIGINT on to it; return its exit code, or 128 + the signal that ended it."""
+def meeting(hardware: HardwareConfig) -> list[str]:
+    """Return the arguments of torchrun that say where the processes meet."""
+    if hardware.num_nodes == 1:
+        return ["--standalone"]
+    return [
+        f"--nnodes={hardware.num_nodes}",
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={hardware.rendezvous}", "--rdzv-id=getiaction"),
+    ]
+
+
+def run_and_forward_signals(command: list[str], env: dict[str, str]) -> int:
+    """Run a command, passing on to it what asks to stop; return its exit code, or 128 + the signal that ended it."""
     received: list[int] = []
-    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C reaches it through us, once
+    previous = {number: signal.getsignal(number) for number in STOPPING}
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)  # torchrun inherits that: a cluster may send them to every process
+    process = subprocess.Popen(command, env=env, start_new_session=True)  # Ctrl-C reaches it through us, once
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
         for worker in find_workers(process.pid) or [psutil.Process(process.pid)]:  # torchrun would kill them in 30 s
             worker.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in STOPPING:
+        signal.signal(number, forward)
     try:
         code = process.wait()
     finally:

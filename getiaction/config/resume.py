@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from getiaction.config.compose import to_config
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
+from getiaction.training.checkpoint import read_global_batch_size
 
 log = logging.getLogger(__name__)
 MAY_CHANGE = (
@@ -75,7 +77,34 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
             log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
         OmegaConf.update(saved, key, value, force_add=True)
+    keys = {override.split("=", 1)[0] for override in overrides}
+    if "training.gradient_accumulation_steps" not in keys and (batch := read_global_batch_size(folder / "checkpoints")):
+        processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))
+        split_batch(saved.training, batch, processes, may_shrink="training.batch_size" not in keys)
     return to_config(saved, "train", Config)
+
+
+def split_batch(training: DictConfig, batch: int, processes: int, *, may_shrink: bool) -> None:
+    """Share the global batch of a run among the processes of now, in micro-batches of at most the size given.
+
+    Args:
+        training: gets other `batch_size` and `gradient_accumulation_steps`, if there are some that fit.
+        batch: the global batch of the run.
+        may_shrink: `batch_size` may become smaller, if no accumulation of it fits.
+
+    Raises:
+        InputError: the batch does not divide by the processes.
+    """
+    if batch % processes:
+        raise InputError(
+            f"training.resume: the run's global batch of {batch} cannot be shared by {processes} processes: use a "
+            "number that divides it"
+        )
+    own = batch // processes
+    if own % training.batch_size and may_shrink:
+        training.batch_size = max(size for size in range(1, training.batch_size + 1) if own % size == 0)
+    if own % training.batch_size == 0:
+        training.gradient_accumulation_steps = own // training.batch_size
 
 
 def fill_new_keys(saved: DictConfig, now: DictConfig) -> None:

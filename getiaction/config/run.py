@@ -41,10 +41,12 @@ from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
 from getiaction.simulation.evaluation import Crowd, Stopped
+from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
+from getiaction.training.ranks import Ranks, Watchdog
 from getiaction.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
         ),
         log_with=tracker_setup(config.tracker.name) or None,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],  # one decodes while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one decodes while the others wait
     )
     if config.tracker.name != "local":
         wandb = {"name": folder.name, "entity": config.tracker.entity, "dir": str(folder)}
@@ -79,12 +81,12 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
 
 
 def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerator) -> Episodes:
-    """Load the chosen episodes; the main process decodes first, the others find its cache."""
+    """Load the chosen episodes; the main process decodes first, then one of each machine; others find the cache."""
     chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
     cameras = [key for key in observation_keys(config, metadata) if is_camera(key)]
     resize = config.backbone.get("resize_shape")
     cache_dir = Path(config.dataset.cache_dir).expanduser() if config.dataset.cache_dir else None
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), accelerator.local_main_process_first():  # machines may share a cache, or not
         return load_episodes(
             metadata, chosen, cameras, resize=tuple(resize) if resize else None, cache_dir=cache_dir, announce=log.info
         )
@@ -119,8 +121,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         check_resumable(state, batches.share, data)
 
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
-    announce(policy, episodes, batches, plan)
-    optimizer = build_optimizer(config, policy.parameters())
+    optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
     if config.hardware.compile:
@@ -142,6 +143,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
         evaluate=partial(evaluate_in_training, config, folder) if config.evaluates else None,
         keep_best=config.evaluation.keep_best,
         data=data,
+        watchdog=Watchdog(config.hardware.hang_timeout if accelerator.num_processes > 1 else None),
     )
     if checkpoint and state:
         resume(trainer, state, read_average(checkpoint))
@@ -149,6 +151,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
             point_last_at(store.folder, checkpoint.name)  # a kill may have come before
         done = ": nothing is left to do" if state.step >= plan.max_steps else ""
         log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
+    announce(trainer, episodes, config.optimizer.get("scale_lr", "none"))
     return trainer
 
 
@@ -161,7 +164,7 @@ def evaluate_in_training(
     evaluation = Evaluation(
         config.env,
         range(wanted.seed, wanted.seed + episodes),
-        Crowd(wanted.num_envs, wanted.num_workers),
+        Crowd(wanted.num_envs, wanted.num_workers, Ranks()),
         videos=wanted.videos,
     )
     place = folder / "evaluation" / f"{step:06d}"
@@ -257,10 +260,7 @@ def check_buildable(config: Config, metadata: DatasetMetadata) -> None:
 def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
     """Bring the policy to its device, its norms and memory order as the hardware wants them."""
     if hardware.sync_batch_norm and accelerator.num_processes > 1:
-        if accelerator.device.type == "cuda":
-            policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)
-        else:
-            log.warning("warning: hardware.sync_batch_norm needs GPUs; each process normalises by its own batch")
+        policy = synchronise_batch_norm(policy, accelerator.device)  # type: ignore[assignment]
     policy = policy.to(accelerator.device)
     if hardware.channels_last:
         for encoder in policy.encoders:
@@ -297,8 +297,9 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
     )
 
 
-def announce(policy: DiffusionPolicy, episodes: Episodes, batches: TrainingBatches, plan: Plan) -> None:
+def announce(trainer: Trainer, episodes: Episodes, scale_lr: str) -> None:
     """Say in three lines what is about to happen."""
+    policy, batches, plan = trainer.policy, trainer.batches, trainer.plan
     share, device = batches.share, batches.gatherer.device
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
     epochs = plan.max_steps * share.global_batch_size / plan.epoch_samples
@@ -309,7 +310,8 @@ def announce(policy: DiffusionPolicy, episodes: Episodes, batches: TrainingBatch
         "data: %d frames, %d samples, %.2f GB %s", episodes.num_frames, plan.epoch_samples, episodes.nbytes / 1e9, where
     )
     split = f"{share.batch_size} per device x {share.processes} processes x {share.accumulation} accumulation"
-    log.info("batch: %s = %d; %d steps, %.1f epochs", split, share.global_batch_size, plan.max_steps, epochs)
+    rate = f"learning rate {trainer.optimizer.param_groups[0]['initial_lr']:.3g} (optimizer.scale_lr={scale_lr})"
+    log.info("batch: %s = %d; %d steps, %.1f epochs; %s", split, share.global_batch_size, plan.max_steps, epochs, rate)
 
 
 def memory_advice(config: Config, accelerator: Accelerator) -> str:

@@ -98,6 +98,9 @@ class HardwareConfig:
     device: str = MISSING
     mixed_precision: str = MISSING
     num_processes: int = MISSING
+    num_nodes: int = MISSING
+    rendezvous: str | None = MISSING
+    hang_timeout: int | None = MISSING
     data_placement: str = MISSING
     num_threads: int | None = MISSING
     channels_last: bool = MISSING

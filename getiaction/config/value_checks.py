@@ -19,6 +19,7 @@ CHOICES = {
     "scheduler.prediction_type": ("epsilon", "sample", "v_prediction"),
     "lr_scheduler.name": LR_SCHEDULERS,
     "dataset.image_stats": ("imagenet", "half", "dataset"),
+    "optimizer.scale_lr": ("none", "sqrt", "linear"),
     "hardware.device": ("auto", "cuda", "mps", "cpu"),
     "hardware.mixed_precision": ("no", "bf16", "fp16", "auto"),
     "hardware.compile_mode": ("default", "reduce-overhead", "max-autotune"),
@@ -56,6 +57,8 @@ AT_LEAST = {
     "evaluation.num_envs": 1,
     "evaluation.num_workers": 0,
     "hardware.num_processes": 1,
+    "hardware.num_nodes": 1,
+    "hardware.hang_timeout": 1,
     "hardware.num_threads": 1,
 }
 

@@ -194,9 +194,14 @@ class Share:
     rank: int = 0
 
     @property
+    def parts(self) -> int:
+        """Return the micro-batches of one step, on all processes."""
+        return self.processes * self.accumulation
+
+    @property
     def global_batch_size(self) -> int:
         """Return per-device batch x processes x accumulation."""
-        return self.batch_size * self.processes * self.accumulation
+        return self.batch_size * self.parts
 
     def slices(self) -> list[slice]:
         """Return the slice of the global batch of each of this process's micro-batches."""

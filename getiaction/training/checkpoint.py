@@ -9,6 +9,7 @@ checkpoints/best/pretrained_model/     if asked for: the policy with the best sc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -155,6 +156,14 @@ def read_state(path: Path) -> TrainingState:
         lr_scheduler=json.loads((folder / "scheduler_state.json").read_text()),
         grad_scaler=json.loads((folder / "grad_scaler.json").read_text()),
     )
+
+
+def read_global_batch_size(folder: Path) -> int | None:
+    """Return the global batch of the run with these `checkpoints/`; None if none of them tells."""
+    for path in sorted(folder.glob(f"[0-9]*/{STATE}/training_step.json"), reverse=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(path.read_text())["global_batch_size"])
+    return None
 
 
 def read_average(path: Path) -> dict[str, Tensor]:

@@ -8,11 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,8 +23,11 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
+from getiaction.training.clock import Clock
 from getiaction.training.ema import Ema
 from getiaction.training.metrics import MetricsWriter, peak_memory
+from getiaction.training.ranks import Watchdog, from_main, share_buffers
+from getiaction.training.signals import stop_on_signals
 from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Trainer:
     evaluate: Evaluate | None = None
     keep_best: bool = False
     data: str = ""  # fingerprint of the episodes
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
     step: int = 0
     unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
     read: list[float] = field(default_factory=list)  # losses since the last line of metrics
@@ -99,13 +100,14 @@ class Trainer:
         """
         plan = self.plan
         self.model.train()
-        with stop_on_signals() as stopping, self._progress() as bar:
+        with stop_on_signals() as stopping, self._progress() as bar, self.watchdog.watching():
             clock = Clock()
             if self.step:  # what a run that was stopped here still owes
                 self._evaluate(clock, stopping)
             for batches in clock.waiting(self.batches.iterate(self.step, plan.max_steps)):
                 self._optimise(batches)
                 self.step += 1
+                self.watchdog.come_by()
                 bar.update()
                 last = self.step == plan.max_steps
                 if last or self.step % plan.log_every == 0:
@@ -215,17 +217,18 @@ class Trainer:
         ):
             return
         self._save(clock)  # a kill costs nothing from here on
-        with clock.paused():
-            if self.accelerator.is_main_process and not self.metrics.holds(self.step, "score"):
-                with evaluating(self.best):
-                    measured = self.evaluate(self.best, self.step, last, stopping)
-                if measured is not None:
-                    self.latest.update(measured)
-                    if self.keep_best:
-                        self.store.save_best(self.best, step=self.step, score=measured["score"])
-                    self.metrics.write(self.step, **measured)  # last: it tells a resumed run that all this is done
-                elif last:
-                    raise SystemExit(128 + stopping())
+        if from_main(self.metrics.holds(self.step, "score")):
+            return
+        with clock.paused(), self.watchdog.resting(), evaluating(self.best):
+            share_buffers(self.best)
+            measured = self.evaluate(self.best, self.step, last, stopping)
+            if measured is not None:
+                self.latest.update(measured)
+                if self.keep_best and self.accelerator.is_main_process:
+                    self.store.save_best(self.best, step=self.step, score=measured["score"])
+                self.metrics.write(self.step, **measured)  # last: it tells a resumed run that all this is done
+            elif last:
+                raise SystemExit(128 + self._any(stopping()))
             self.accelerator.wait_for_everyone()
 
     def _save(self, clock: Clock) -> None:
@@ -254,8 +257,10 @@ class Trainer:
         """Return the signal that any process has received; several processes ask each other now and then."""
         if self.accelerator.num_processes == 1:
             return number
-        if self.step % min(self.plan.log_every, AGREE_EVERY):
-            return 0
+        return 0 if self.step % min(self.plan.log_every, AGREE_EVERY) else self._any(number)
+
+    def _any(self, number: int) -> int:
+        """Return the largest number of any process."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _progress(self) -> tqdm:
@@ -273,60 +278,6 @@ class Trainer:
 def is_due(step: int, every: int | None) -> bool:
     """Tell whether something that happens `every` so many steps happens now; None is never."""
     return every is not None and step % every == 0
-
-
-class Clock:
-    """Time training, apart from validation and saving; and the part of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.begin, self.waited = time.perf_counter(), 0.0
-
-    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Pass `batches` through, counting the time that each takes to come."""
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
-
-    def lap(self) -> tuple[float, float]:
-        """Return (seconds, seconds waited for data) since the last lap."""
-        now = time.perf_counter()
-        seconds, waited = now - self.begin, self.waited
-        self.begin, self.waited = now, 0.0
-        return seconds, waited
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the lap."""
-        start = time.perf_counter()
-        yield
-        self.begin += time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGTERM and the first Ctrl-C into a request; a second Ctrl-C interrupts at once.
-
-    Yields a function that returns the signal's number, or 0.
-    """
-    received: list[int] = []
-
-    def request(number: int, _: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        tqdm.write(f"{signal.Signals(number).name}: saving soon")
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def check_resumable(state: TrainingState, share: Share, data: str) -> None:
