@@ -80,7 +80,11 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     keys = {override.split("=", 1)[0] for override in overrides}
     if "training.gradient_accumulation_steps" not in keys and (batch := read_global_batch_size(folder / "checkpoints")):
         processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))
+        before = saved.training.gradient_accumulation_steps
         split_batch(saved.training, batch, processes, may_shrink="training.batch_size" not in keys)
+        if saved.backbone.get("norm") == "batch" and saved.training.gradient_accumulation_steps != before:
+            size = batch // before // processes
+            log.warning("warning: batch norm saw %d samples at a time: training.batch_size=%d", batch // before, size)
     return to_config(saved, "train", Config)
 
 

@@ -130,7 +130,7 @@ def _end_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def helpers() -> Any:
     """Return this module: `helpers.wait_for_checkpoint(...)`."""
     return sys.modules[__name__]

@@ -1,23 +1,31 @@
-"""Two real processes on the CPU (gloo): the same run as one process with the same global batch."""
+"""Real processes on the CPU (gloo): the same run as one process with the same global batch."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 from safetensors.torch import load_file
 
+from getiaction.config.compose import compose
+from getiaction.config.resume import resumed_config
+from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics
 
 TWO = ("hardware.num_processes=2", "hardware.num_threads=1", "training.batch_size=4", "training.max_steps=6")
 LAUNCHERS = {
-    "plain": (),
     "torchrun": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
     "accelerate": (str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"),
 }
@@ -42,6 +50,124 @@ def test_two_processes_equal_one(tiny: Any, helpers: Any, tmp_path: Path, alone:
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000002", "000004", "000006", "last"}
     assert_close_weights(folder, alone)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes, two micro-batches a step
+    "+preset=pusht_multigpu",
+    "backbone=resnet18",
+    "backbone.norm=batch",
+    "backbone.weights=null",
+    "backbone.resize_shape=[40,40]",
+    "backbone.crop_shape=[36,36]",
+    "unet.down_dims=[16,32]",
+    "lr_scheduler.num_warmup_steps=2",
+    "training.save_every=3",
+    "training.log_every=1",
+    "validation.every=null",
+    "validation.max_sampled=2",
+    "hardware.device=cpu",
+    "hardware.mixed_precision=no",
+)
+
+
+def test_pusht_multigpu_on_four_processes_equals_one_and_goes_on_with_fewer(
+    tiny: Any, helpers: Any, tmp_path: Path
+) -> None:
+    one, four = tmp_path / "one", tmp_path / "four"
+    data = (*MULTIGPU, f"dataset.root={tiny.root}", "training.max_steps=6", "hardware.num_threads=1")
+    started = [
+        tiny.start_command(one, *data, f"output_dir={one}", "hardware.num_processes=1", "training.batch_size=8"),
+        tiny.start_command(four, *data, f"output_dir={four}", "training.batch_size=2"),
+    ]
+    assert [helpers.finish(process) for process in started] == [0, 0], helpers.said(four)
+    assert "batch: 2 per device x 4 processes x 2 accumulation = 16" in helpers.said(four)
+    assert "learning rate 0.0002 (optimizer.scale_lr=none)" in helpers.said(four)
+    assert helpers.losses(four) == pytest.approx(helpers.losses(one), rel=1e-3)  # batch norm amplifies rounding
+    helpers.remove_checkpoint(four, 6)
+    for processes, split in ((1, "8 per device x 1 processes x 2"), (2, "4 per device x 2 processes x 2")):
+        folder = shutil.copytree(four, tmp_path / f"on_{processes}", symlinks=True)
+        more = (f"hardware.num_processes={processes}", f"training.batch_size={8 // processes}")  # as batch norm saw it
+        process = tiny.start_command(folder, f"training.resume={folder}", *more)
+        assert helpers.finish(process) == 0, helpers.said(folder)
+        assert f"batch: {split} accumulation = 16" in helpers.said(folder)
+        assert helpers.losses(folder)[:3] == helpers.losses(four)[:3]
+        assert helpers.losses(folder) == pytest.approx(helpers.losses(one), rel=1e-3)
+
+
+@pytest.fixture
+def saved_by_four(tmp_path: Path) -> Path:
+    """Return what a run of pusht_multigpu on four processes says of itself: a global batch of 4 x 2 x 2."""
+    state = tmp_path / "run/checkpoints/000003/training_state"
+    state.mkdir(parents=True)
+    (state / "training_step.json").write_text(json.dumps({"step": 3, "global_batch_size": 16}))
+    config = compose([*MULTIGPU, "training.batch_size=2", f"output_dir={tmp_path / 'run'}"])
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(asdict(config)))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "split", "warns"),
+    [
+        (1, (), (2, 8), True),
+        (2, (), (2, 4), True),
+        (4, (), (2, 2), False),
+        (8, (), (2, 1), True),
+        (16, (), (1, 1), True),
+        (1, ("training.batch_size=8",), (8, 2), False),
+        (2, ("training.batch_size=3",), (3, 2), False),  # fits nothing: refused when the data are there
+    ],
+)
+def test_the_global_batch_is_shared_anew(
+    saved_by_four: Path,
+    caplog: pytest.LogCaptureFixture,
+    processes: int,
+    given: tuple[str, ...],
+    split: tuple[int, int],
+    warns: bool,
+) -> None:
+    overrides = [f"training.resume={saved_by_four}", f"hardware.num_processes={processes}", *given]
+    training = resumed_config(compose(overrides), overrides, saved_by_four).training
+    assert (training.batch_size, training.gradient_accumulation_steps) == split
+    assert ("batch norm" in caplog.text) == warns
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(saved_by_four: Path) -> None:
+    overrides = [f"training.resume={saved_by_four}", "hardware.num_processes=3"]
+    with pytest.raises(InputError, match="global batch of 16 cannot be shared by 3 processes"):
+        resumed_config(compose(overrides), overrides, saved_by_four)
+
+
+def test_two_machines_meet(tiny: Any, helpers: Any, tmp_path: Path, alone: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = ("hardware.num_nodes=2", "hardware.num_processes=1", f"hardware.rendezvous={place}")
+    folder = tmp_path / "run"
+    processes = [tiny.start(folder, *TWO, *nodes) for _ in range(2)]
+    assert [helpers.finish(process) for process in processes] == [0, 0], helpers.said(folder)
+    assert "starting 1 processes on each of 2 machines" in helpers.said(folder)
+    assert helpers.losses(folder) == pytest.approx(helpers.losses(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
+def test_the_rate_follows_the_batch_by_the_rule(tiny: Any, tmp_path: Path, rule: str, factor: int) -> None:
+    trainer = tiny.trainer(tmp_path, f"optimizer.scale_lr={rule}", "training.gradient_accumulation_steps=4")
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(1e-3 * factor)
+
+
+def test_processes_share_the_episodes_of_an_evaluation(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    tiny.train(tmp_path / "run", "training.batch_size=8")
+    episodes = {}
+    for processes in (1, 2):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"on_{processes}", symlinks=True)
+        wanted = ("evaluation.final_episodes=5", "evaluation.videos=false", "env.max_steps=12")
+        split = (f"hardware.num_processes={processes}", "hardware.num_threads=1")
+        process = tiny.start_command(folder, f"training.resume={folder}", *wanted, *split)
+        assert helpers.finish(process) == 0, helpers.said(folder)
+        episodes[processes] = sorted((folder / "evaluation/000004/episodes.jsonl").read_text().splitlines()[1:])
+    assert len(episodes[1]) == 5
+    assert episodes[1] == episodes[2]
+    (score,) = {line["score"] for run in (1, 2) for line in read_metrics(tmp_path / f"on_{run}") if "score" in line}
+    assert 0 <= score <= 1
 
 
 def assert_close_weights(folder: Path, other: Path) -> None:
@@ -80,6 +206,37 @@ def test_a_process_that_dies_ends_the_run_with_an_error_and_it_can_go_on(
     tiny.fit(tmp_path / "alone", "training.batch_size=8", *length)
     assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "alone"), rel=1e-3)
     assert list(runs.iterdir()) == [folder]
+
+
+BROKEN = """
+import os, time, torch
+
+
+class Adam(torch.optim.Adam):
+    def step(self, *args, **kwargs):
+        if os.environ["RANK"] == "1":
+            {accident}
+        return super().step(*args, **kwargs)
+"""
+
+
+@pytest.mark.parametrize(
+    ("accident", "said"),
+    [
+        ("raise RuntimeError('the second GPU has fallen off')", "RuntimeError: the second GPU has fallen off"),
+        ("time.sleep(1000)", "Timeout (0:00:03)!"),
+    ],
+)
+def test_a_process_that_fails_or_hangs_ends_the_run_and_shows_where(
+    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accident: str, said: str
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN.format(accident=accident))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    folder = tmp_path / "run"
+    process = tiny.start(folder, *TWO, "optimizer._target_=broken.Adam", "hardware.hang_timeout=3")
+    assert helpers.finish(process) != 0
+    assert said in helpers.said(folder)
+    assert re.search(r'broken.py", line 8', helpers.said(folder))
 
 
 @pytest.mark.parametrize(
