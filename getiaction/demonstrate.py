@@ -12,6 +12,7 @@ from typing import Any
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.schema import DemonstrateConfig
 from getiaction.errors import InputError, TrainingError
+from getiaction.files import claimed
 
 log = logging.getLogger(__name__)
 README = """# Demonstrations by a script
@@ -114,7 +115,8 @@ def run_hydra_job(config: DemonstrateConfig) -> None:
     """Record under Hydra."""
     folder = Path(config.output_dir)
     try:
-        demonstrate(config, folder)
+        with claimed(folder):
+            demonstrate(config, folder)
     except KeyboardInterrupt:
         again = " ".join(argument for argument in sys.argv[1:] if not argument.startswith("output_dir="))
         log.info(

@@ -33,6 +33,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     from getiaction.config.precision import autocast, choose_precision
     from getiaction.config.record import describe_machine, pick_device
     from getiaction.config.sampling import change_scheduler, check_steps
+    from getiaction.files import claimed
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.simulation.evaluation import Crowd
 
@@ -62,7 +63,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     with autocast(precision, device):
         latency = measure_latency(policy, environment, config.num_inference_steps)
     described = {"checkpoint": str(pretrained), "latency_ms": latency, **describe_machine(device)}
-    summary = evaluation.run(policy, folder, described)
+    with claimed(folder):
+        summary = evaluation.run(policy, folder, described)
     log.info("%s; one action chunk takes %.0f ms", say(summary), latency)
     log.info("results: %s", folder)
     return summary

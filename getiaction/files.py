@@ -1,8 +1,19 @@
-"""Write files that are whole, or as they were."""
+"""Write files that are whole, or as they were, in folders that nobody else writes."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+from getiaction.errors import InputError
+
+LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -10,3 +21,43 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second process that would write there, too; a process that dies lets go of it.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"output_dir={folder} is where {file.read() or 'another process'} is at work: wait for its end, stop "
+                "it, or give another output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_claimed(folder: Path) -> bool:
+    """Tell whether a process holds a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with claimed(folder):
+            return False
+    except InputError:
+        return True
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether an error of writing comes from a full disk or a quota."""
+    in_text = any(f"os error {code})" in str(error) for code in FULL)  # safetensors'
+    return getattr(error, "errno", None) in FULL or in_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -23,12 +24,14 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         TrainingError: the run cannot go on.
     """
     import torch
+    from safetensors import SafetensorError
 
     from getiaction.config import run
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
-    from getiaction.config.record import check_folder, write_run_files
+    from getiaction.config.record import check_folder, write_result, write_run_files
     from getiaction.data.metadata import find_dataset
+    from getiaction.files import claimed, is_full
     from getiaction.report.run import draw_report
 
     check_config(config)
@@ -38,18 +41,31 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     run.check_buildable(config, metadata)
     config.output_dir = str(folder)
     accelerator = run.start_accelerator(config, folder)
+    is_main = accelerator.is_main_process
+    held = contextlib.ExitStack()
     try:
+        if is_main:
+            held.enter_context(claimed(folder))
         trainer = run.build_trainer(config, metadata, accelerator, folder)
         write_run_files(config, folder, accelerator)
         metrics = trainer.fit()
-        if accelerator.is_main_process:
+        if is_main:
             for picture in draw_report(folder, trainer.validator, trainer.best):
                 log.info("picture: %s", picture)
             log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
+            write_result(folder, trainer.step, metrics)
     except torch.OutOfMemoryError as error:
         raise TrainingError(run.memory_advice(config, accelerator)) from error
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        raise TrainingError(
+            f"no room to write to {folder} ({error}); what was saved stays. Make room, then go on: "
+            f"training.resume={folder}"
+        ) from error
     finally:
         accelerator.end_training()  # trackers write what they hold
+        held.close()
     return metrics
 
 
@@ -57,19 +73,29 @@ def run_hydra_job(config: Config) -> float | None:
     """Train under Hydra; return the metric that a sweep optimises; the loss where there is no such metric."""
     from hydra.core.hydra_config import HydraConfig
 
+    from getiaction.config.cluster import requeue
     from getiaction.config.launch import launch_processes, must_launch
-    from getiaction.config.resume import resumed_config
+    from getiaction.config.record import read_result
+    from getiaction.config.resume import has_checkpoint, resumed_config
+    from getiaction.config.sweep import in_sweep
 
     runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
+    if config.training.resume == "auto" or (in_sweep() and not config.resumes):
+        config.training.resume = str(folder) if has_checkpoint(folder) else None
     if config.resumes:
         config = resumed_config(config, list(runtime.overrides.task), folder)
-    if must_launch(config):
-        return launch_processes(config, folder)
+    metrics = read_result(folder, config) if config.resumes else None
     try:
-        metrics = train(config, folder)
-    except SystemExit:
+        if metrics is not None:
+            log.info("%s is complete", folder)
+        elif must_launch(config):
+            metrics = launch_processes(config, folder)
+        else:
+            metrics = train(config, folder)
+    except SystemExit as stopped:
         log.info("stopped; to go on: python -m getiaction.train training.resume=%s", folder)
+        requeue(int(stopped.code or 0) - 128)
         raise
     return metrics.get(config.sweep_metric, metrics.get("loss"))
 

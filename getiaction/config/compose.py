@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -21,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from getiaction.config.help import help_text
 from getiaction.config.schema import Config
+from getiaction.config.sweep import in_sweep, sweep_folder
 from getiaction.errors import InputError, exit_with_message, stop
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -74,12 +76,13 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
     def entry(composed: DictConfig) -> Any:
-        with exit_with_message():
+        with contextlib.nullcontext() if in_sweep() else exit_with_message():  # one that fails does not end the others
             return run(to_config(composed, config_name, schema))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
-        return entry()
+        with exit_with_message():
+            return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
 
@@ -203,7 +206,22 @@ def groups_of(config_name: str) -> list[str]:
 def register_resolvers() -> None:
     """Register the resolvers that name the run folder, and what comes with the package."""
     OmegaConf.register_new_resolver("getiaction_run_folder", run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("getiaction_sweep_folder", sweep_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("getiaction_packaged", lambda path: str(_PACKAGE / path), replace=True)
+
+
+def slurm_folder(name: str) -> str:
+    """Return the run folder that a SLURM job finds again when it is back from the queue.
+
+    Raises:
+        InputError: this is no such job.
+    """
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"outputs/{name}/slurm_{job}"
+    raise InputError(
+        "training.resume=auto goes on with the run in output_dir, which has another name at each start: give "
+        "output_dir=<folder>"
+    )
 
 
 def run_folder(name: str, resume: Any) -> str:
@@ -212,7 +230,9 @@ def run_folder(name: str, resume: Any) -> str:
     Raises:
         InputError: there is nothing to resume.
     """
-    if resume in (None, False):
+    if resume in (None, False, "auto"):
+        if resume == "auto" and not in_sweep():
+            return slurm_folder(name)
         if int(os.environ.get("RANK", 0)) > 0:  # only rank 0 writes; Hydra wants a folder on every rank
             return str(Path(tempfile.gettempdir()) / f"getiaction-{os.getuid()}-rank-{os.environ['RANK']}")
         folder = Path(f"outputs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")

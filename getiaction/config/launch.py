@@ -18,6 +18,8 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 
 from getiaction.config.schema import Config, HardwareConfig
+from getiaction.config.sweep import in_sweep
+from getiaction.errors import TrainingError
 from getiaction.machine import count_cores
 from getiaction.training.metrics import read_metrics
 from getiaction.training.signals import STOPPING, WARNINGS
@@ -32,11 +34,12 @@ def must_launch(config: Config) -> bool:
     return config.hardware.num_processes * config.hardware.num_nodes > 1 and "WORLD_SIZE" not in os.environ
 
 
-def launch_processes(config: Config, folder: Path) -> float | None:
-    """Run this command again under torchrun, `hardware.num_processes` times; return what one process would.
+def launch_processes(config: Config, folder: Path) -> dict[str, float]:
+    """Run this command again under torchrun, `hardware.num_processes` times; return the last metrics.
 
     Raises:
         SystemExit: a process failed; its traceback has been printed.
+        TrainingError: the same in a sweep, which goes on.
     """
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
@@ -55,10 +58,10 @@ def launch_processes(config: Config, folder: Path) -> float | None:
     log.info("starting %d processes%s", hardware.num_processes, elsewhere)
     threads = max(count_cores() // hardware.num_processes, 1)  # torchrun's choice is 1
     if code := run_and_forward_signals(command, {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}):
+        if in_sweep() and code < 128:
+            raise TrainingError(f"a process of {folder} ended with {code}; what it said is above")
         sys.exit(code)
-    lines = [line for line in read_metrics(folder) if "val_loss" in line or "loss" in line]
-    latest = {key: value for line in lines for key, value in line.items()}
-    return latest.get(config.sweep_metric, latest.get("loss"))
+    return {key: value for line in read_metrics(folder) for key, value in line.items()}
 
 
 def meeting(hardware: HardwareConfig) -> list[str]:

@@ -20,6 +20,7 @@ from getiaction.config.schema import Config
 from getiaction.errors import InputError
 from getiaction.files import replace_text
 
+RESULT = "result.json"
 PACKAGES = (
     "getiaction",
     "torch",
@@ -40,7 +41,7 @@ def check_folder(config: Config, folder: Path) -> None:
     Raises:
         InputError: `folder` holds a run, and this one does not resume it.
     """
-    if not config.resumes and (folder / "checkpoints").exists():
+    if not config.resumes and any(folder.glob("checkpoints/[0-9]*")):
         raise InputError(
             f"output_dir={folder} already holds a run, which a new one would overwrite: go on with it by "
             f"training.resume={folder}, or give another output_dir"
@@ -59,6 +60,21 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
         described = {**first, "resumed": [*first.get("resumed", []), described]}
     replace_text(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     replace_text(path, json.dumps(described, indent=1))
+
+
+def write_result(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Write `result.json`: this run is complete."""
+    replace_text(folder / RESULT, json.dumps({"step": step, "metrics": metrics}, indent=1))
+
+
+def read_result(folder: Path, config: Config) -> dict[str, float] | None:
+    """Return the metrics of a run that is complete; None if there is none with this config."""
+    if not (folder / RESULT).exists():
+        return None
+    saved, now = yaml.safe_load((folder / "config.yaml").read_text()), asdict(config)
+    for content in (saved, now):
+        del content["output_dir"], content["training"]["resume"]
+    return json.loads((folder / RESULT).read_text())["metrics"] if saved == now else None
 
 
 def pick_device(name: str) -> torch.device:

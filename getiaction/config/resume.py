@@ -38,6 +38,11 @@ MAY_CHANGE = (
 )
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds a run that can go on."""
+    return (folder / "config.yaml").exists() and any(folder.glob("checkpoints/[0-9]*"))
+
+
 def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config:
     """Return the config that a run folder was started with, plus the overrides of this command line.
 
@@ -77,6 +82,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
             log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
         OmegaConf.update(saved, key, value, force_add=True)
+    saved.training.resume = str(folder)
     keys = {override.split("=", 1)[0] for override in overrides}
     if "training.gradient_accumulation_steps" not in keys and (batch := read_global_batch_size(folder / "checkpoints")):
         processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))

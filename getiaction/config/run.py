@@ -30,6 +30,7 @@ from getiaction.config.fine_tuning import check_init_from, start_from
 from getiaction.config.precision import choose_precision
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
+from getiaction.config.sweep import in_sweep
 from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
 from getiaction.data.cache import load_episodes
 from getiaction.data.episodes import Episodes
@@ -72,7 +73,8 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one decodes while the others wait
     )
     if config.tracker.name != "local":
-        wandb = {"name": folder.name, "entity": config.tracker.entity, "dir": str(folder)}
+        group = config.tracker.group or (folder.parent.name if in_sweep() else None)
+        wandb = {"name": folder.name, "entity": config.tracker.entity, "group": group, "dir": str(folder)}
         described = asdict(config) if config.tracker.name == "wandb" else None  # TensorBoard takes no lists
         accelerator.init_trackers(config.tracker.project, config=described, init_kwargs={"wandb": wandb})
     if not accelerator.is_main_process:

@@ -115,6 +115,7 @@ class TrackerConfig:
     name: str = MISSING
     project: str = MISSING
     entity: str | None = MISSING
+    group: str | None = MISSING
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Config:
     @property
     def resumes(self) -> bool:
         """Tell whether this run goes on with one that exists."""
-        return self.training.resume not in (None, False)
+        return self.training.resume not in (None, False, "auto")
 
     @property
     def evaluates(self) -> bool:

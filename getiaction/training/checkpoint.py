@@ -103,9 +103,11 @@ class CheckpointStore:
     def prune(self) -> None:
         """Remove all but the newest `keep` checkpoints, and what killed runs left half-written."""
         for step in self.steps()[: -self.keep] if self.keep else []:
-            shutil.rmtree(self.folder / f"{step:06d}", ignore_errors=True)
-        for path in self.folder.glob(".writing-*"):
+            (self.folder / f"{step:06d}").rename(self.folder / f".removing-{step:06d}")  # whole, or not there
+        for path in (*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")):
             shutil.rmtree(path, ignore_errors=True)
+        for link in self.folder.glob(f".{LAST}-*"):
+            link.unlink(missing_ok=True)
 
     def newest(self, announce: Callable[[str], Any] = print) -> Path:
         """Return the newest checkpoint that is whole, passing over damaged ones with a line.

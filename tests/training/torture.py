@@ -1,0 +1,96 @@
+"""Run a training again and again, each time until an accident: `python torture.py PLAN.json`. See test_torture.py.
+
+Each run is a fork of this process, which has imported everything: a start takes a tenth of a second, not five.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import getiaction.config.run  # noqa: F401
+from getiaction.config.compose import compose
+from getiaction.config.resume import has_checkpoint, resumed_config
+from getiaction.errors import TrainingError
+from getiaction.report import run as report
+from getiaction.train import train
+from getiaction.training.checkpoint import find_damage
+
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree"}
+FULL_DISK, DONE = 28, 0
+
+
+def run_once(overrides: list[str], folder: Path, accident: dict[str, Any]) -> None:
+    """Train, or go on; end this process as the accident says, or with its exit code."""
+    os.chdir(folder.parent)
+    report.draw_report = lambda *_: []  # pictures take longer than all the rest
+    arrange(accident, folder)
+    config = compose([*overrides, f"output_dir='{folder}'"])
+    if has_checkpoint(folder):
+        again = [f"training.resume='{folder}'"]
+        config = resumed_config(compose(again), again, folder)
+    try:
+        train(config, folder)
+    except TrainingError as error:
+        print(error, flush=True)
+        os._exit(FULL_DISK)
+    os._exit(DONE)
+
+
+def arrange(accident: dict[str, Any], folder: Path) -> None:
+    """Let the accident happen just before the given number of writes in the folder."""
+    left = accident.get("writes")
+    if left is None:
+        return
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        writes = event in WRITES or (
+            event == "open" and isinstance(arguments[1], str) and set("wxa+") & set(arguments[1])
+        )
+        if not writes or not str(arguments[0]).startswith(str(folder)):
+            return
+        left -= 1
+        if left == 0 and accident["what"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif left == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # as a quota that is used up
+
+    sys.addaudithook(hook)
+
+
+def wait(process: int, accident: dict[str, Any]) -> int:
+    """Wait for the end of a run, or end it in time; return its exit code."""
+    if "seconds" in accident:
+        time.sleep(accident["seconds"])
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """Return what is saved, and what of it is damaged: nothing ever is."""
+    saved = sorted(folder.glob("checkpoints/[0-9]*"))
+    return {"saved": [int(path.name) for path in saved], "damaged": [str(path) for path in saved if find_damage(path)]}
+
+
+def main() -> None:
+    """Run the plan, and print what became of each run, a line each."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    for entry in plan:
+        folder = Path(entry["folder"])
+        process = os.fork()
+        if process == 0:
+            run_once(entry["overrides"], folder, entry["accident"])
+        print(json.dumps({"code": wait(process, entry["accident"]), **look(folder)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
