@@ -349,11 +349,12 @@ def test_wandb_without_a_key_goes_offline(tiny: Any, tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_MODE", "")  # so that what the run sets is undone here
     monkeypatch.delenv("WANDB_MODE")
     try:
-        tiny.train(tmp_path / "run", "tracker=wandb")
+        tiny.train(tmp_path / "run", "tracker=wandb", "tracker.group=friday")
     finally:
         wandb.teardown()  # its service would live, and spin, for as long as this process
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert list(offline.glob("run-*.wandb"))
+    (written,) = offline.glob("run-*.wandb")
+    assert b"friday" in written.read_bytes()
     assert len(train_lines(tmp_path / "run")) == 4
 
 
