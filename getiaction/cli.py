@@ -15,6 +15,7 @@ COMMANDS = {  # name -> (module, what it does)
     "validate": ("fit", "measure a policy on the held-out episodes of such a file's data"),
     "test": ("fit", "let a policy act in the simulator of such a file's data"),
     "evaluate": ("evaluate", "roll a policy out in its simulator: score, success rate, films"),
+    "report": ("report_sweep", "compare the runs of a sweep: a table and a plot over seeds"),
     "demonstrate": ("demonstrate", "record a scripted expert as a LeRobotDataset"),
     "import": ("import_policy", "open a policy of LeRobot's, of any age, and write it as one of today"),
     "export": ("export", "write a policy as an ONNX file, which runs without PyTorch"),

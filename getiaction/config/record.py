@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from hydra.core.hydra_config import HydraConfig
 
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
@@ -54,6 +55,9 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
         return
     folder.mkdir(parents=True, exist_ok=True)
     described, path = describe_machine(accelerator.device), folder / "run.json"
+    if HydraConfig.initialized():
+        given = HydraConfig.get().overrides.task
+        described["overrides"] = [override for override in given if not override.startswith("output_dir=")]
     described |= {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     if path.exists():
         first = json.loads(path.read_text())
