@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -21,7 +21,8 @@ from getiaction.errors import InputError, TrainingError
 from getiaction.files import claimed, is_claimed, replace_text
 
 log = logging.getLogger(__name__)
-COMMAND = "multirun.yaml"  # Hydra's
+held = contextlib.ExitStack()  # the folder of the sweep; not in `SweepLog`, which travels to the machines of its jobs
+COMMAND = "command.json"
 COMPLETE = "complete"
 LAUNCHER = ("hydra/launcher", "hydra.launcher")  # where jobs run does not make them others
 
@@ -42,9 +43,8 @@ def sweep_folder(name: str, overrides: Sequence[str], hydra_overrides: Sequence[
 
 def read_command(folder: Path) -> list[str] | None:
     """Return the overrides that a sweep was started with; None where that cannot be read."""
-    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        given = yaml.safe_load((folder / COMMAND).read_text())["hydra"]["overrides"]
-        return without_launcher([*given["task"], *given["hydra"]])
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / COMMAND).read_text())
     return None
 
 
@@ -56,16 +56,14 @@ def without_launcher(overrides: Sequence[str]) -> list[str]:
 class SweepLog(Callback):
     """Say what a sweep finds and what fails in it; Hydra calls this."""
 
-    def __init__(self) -> None:
-        self.held = contextlib.ExitStack()
-
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Hold the folder of the sweep."""
-        folder = Path(config.hydra.sweep.dir)
+        """Hold the folder of the sweep, and write down its command."""
+        folder, given = Path(config.hydra.sweep.dir), config.hydra.overrides
         if (folder / COMMAND).exists():
             done = len(list(folder.glob(f"*/{RESULT}")))
             log.info("going on with %s, %d jobs of it are complete; a new one: hydra.sweep.dir=<folder>", folder, done)
-        self.held.enter_context(claimed(folder))
+        held.enter_context(claimed(folder))
+        replace_text(folder / COMMAND, json.dumps(without_launcher([*given.task, *given.hydra]), indent=1))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Say why a job failed; the others go on."""
@@ -80,5 +78,5 @@ class SweepLog(Callback):
         """Mark the sweep as complete: no job failed."""
         folder = Path(config.hydra.sweep.dir)
         replace_text(folder / COMPLETE, "")
-        self.held.close()
+        held.close()
         log.info("done; to compare: getiaction report %s", folder)

@@ -56,7 +56,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tiny: Any, helpers: Any, t
     assert f"{folder / '0'} is complete" in said
     assert f"resuming {folder / '1'} at step" in said
     assert f"getiaction report {folder.relative_to(tmp_path)}" in said
-    tiny.fit(tmp_path / "alone", *jobs[1:], "seed=1")
+    tiny.fit(tmp_path / "alone", *jobs[1:], "seed=1", "hardware.num_threads=1")
     assert helpers.losses(folder / "1") == helpers.losses(tmp_path / "alone")
     assert (folder / COMPLETE).exists()
 
@@ -65,7 +65,7 @@ def test_a_sweep_that_is_complete_is_not_gone_on_with(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/mine/sweep_2026-01-01_00-00-00")
     folder.mkdir(parents=True)
-    (folder / "multirun.yaml").write_text("hydra: {overrides: {task: [seed=0, '+preset=pusht_cpu'], hydra: []}}")
+    (folder / "command.json").write_text('["+preset=pusht_cpu", "seed=0"]')
     command = ("mine", ["+preset=pusht_cpu", "seed=0"], ["hydra/launcher=submitit_local"])
     assert sweep_folder(*command) == str(folder)
     assert sweep_folder("mine", ["+preset=pusht_cpu", "seed=0,1"], []) != str(folder)
