@@ -20,7 +20,7 @@ from getiaction.policy import DiffusionPolicy, Features, Normalizer
 from getiaction.policy.encoder import load_resnet
 from getiaction.random import Purpose, derive_seed
 
-LR_RULES: dict[str, Callable[[int], float]] = {"none": lambda parts: 1.0, "sqrt": math.sqrt, "linear": float}
+LR_RULES: dict[str, Callable[[int], float]] = {"sqrt": math.sqrt, "linear": float}
 
 
 def build_group(name: str, group: Mapping[str, Any], **extra: Any) -> Any:
@@ -147,7 +147,7 @@ def build_optimizer(
     """
     group = {**config.optimizer, "_convert_": "all"}
     rule = group.pop("scale_lr", "none")  # runs of before it was there have no such key
-    if "lr" in group:
+    if rule != "none" and group.get("lr") is not None:
         group["lr"] *= LR_RULES[rule](parts)
     return build_group("optimizer", group, params=list(parameters))
 

@@ -109,7 +109,7 @@ def read_table(metadata: DatasetMetadata, episodes: list[int], columns: list[str
     for path in sorted({metadata.root / metadata.data_file(row) for row in rows}):
         try:
             tables.append(pq.read_table(path, columns=columns, filters=[(EPISODE_INDEX, "in", episodes)]))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is damaged ({error}): fetch the dataset again") from error
     table = pa.concat_tables(tables).sort_by([(EPISODE_INDEX, "ascending"), (FRAME_INDEX, "ascending")])
     counts = dict(zip(*np.unique(table[EPISODE_INDEX].to_numpy(), return_counts=True), strict=True))

@@ -76,14 +76,20 @@ def resize(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def decode_videos(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (row, (H, W, C) uint8) for every wanted frame of every video file, in file order."""
     table = read_table(metadata, episodes, [TIMESTAMP, FRAME_INDEX, EPISODE_INDEX])
-    times = table[TIMESTAMP].to_numpy().astype(np.float64)
     per_file: dict[str, list[tuple[float, int]]] = {}
     first = 0
-    for episode in metadata.rows_of(episodes):
-        offset = episode[f"videos/{camera}/from_timestamp"]
-        wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
-        wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
-        first += episode["length"]
+    try:
+        times = table[TIMESTAMP].to_numpy().astype(np.float64)
+        for episode in metadata.rows_of(episodes):
+            offset = float(episode[f"videos/{camera}/from_timestamp"])
+            wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
+            wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
+            first += episode["length"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{metadata.root}: the table or meta/episodes do not say where {camera} lies in its videos "
+            f"({type(error).__name__}: {error}): fetch the dataset again"
+        ) from error
     for file, wanted in sorted(per_file.items()):
         yield from decode_video(metadata.root / file, sorted(wanted))
 

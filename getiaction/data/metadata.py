@@ -7,7 +7,8 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from getiaction.errors import InputError
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 
 INFO_FILE = "meta/info.json"
+PLACES = {"chunk_index", "file_index", "video_key"}  # what LeRobot's paths are made of
 CACHE_FILE = "cache.json"  # marks a frame cache, which is a dataset of its own: see data/cache.py
 
 
@@ -147,14 +149,47 @@ def check_metadata(metadata: DatasetMetadata) -> None:
     if ACTION not in metadata.features:
         raise InputError(f"{root} has no 'action', only {', '.join(metadata.features)}: there is nothing to learn")
     for key in (*metadata.cameras, *metadata.vectors):
-        if not metadata.features[key]["shape"]:
-            raise InputError(f"{root / INFO_FILE}: {key} has no shape: fetch the dataset again")
+        shape = metadata.features[key]["shape"]
+        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise InputError(f"{root / INFO_FILE}: {key} has the shape {shape}: fetch the dataset again")
     if not (math.isfinite(metadata.fps) and metadata.fps > 0):
         raise InputError(f"{root / INFO_FILE}: fps={metadata.fps} must be positive: fetch the dataset again")
     needs_video = any(metadata.features[camera]["dtype"] == "video" for camera in metadata.cameras)
     for path, needed in (("data_path", True), ("video_path", needs_video)):
         if needed and not info.get(path):
             raise InputError(f"{root / INFO_FILE} has no {path}: fetch the dataset again")
+        if needed and not stays_inside(info[path]):
+            raise InputError(f"{root / INFO_FILE}: {path}={info[path]!r} is no path inside the dataset: fetch it again")
+    check_episode_rows(metadata)
+
+
+def stays_inside(template: str) -> bool:
+    """Tell whether a template of paths leads nowhere but below its root, and asks for nothing but numbers and names."""
+    asked = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    path = PurePosixPath(template)
+    return asked <= PLACES and not path.is_absolute() and ".." not in path.parts
+
+
+def check_episode_rows(metadata: DatasetMetadata) -> None:
+    """Check that every episode has a number of its own, a length and a place.
+
+    Raises:
+        InputError: one does not; the message says which.
+    """
+    place = () if metadata.is_cache else ("data/chunk_index", "data/file_index")
+    seen: set[int] = set()
+    for number, row in enumerate(metadata.episodes):
+        for key in ("episode_index", "length", *place):
+            value = row[key]
+            if isinstance(value, bool) or not isinstance(value, int) or value < (key == "length"):
+                raise InputError(
+                    f"{metadata.root / 'meta'}: row {number} of the episodes has {key}={value}: fetch the dataset again"
+                )
+        if row["episode_index"] in seen:
+            raise InputError(
+                f"{metadata.root / 'meta'} lists episode {row['episode_index']} twice: fetch the dataset again"
+            )
+        seen.add(row["episode_index"])
 
 
 def read_episode_rows(root: Path) -> list[dict[str, Any]]:
