@@ -72,6 +72,8 @@ def tiny(root: Path, *more: str) -> list[str]:
 @BOUNDED
 @given(overrides=st.lists(st.one_of(LEAF, GROUP), min_size=1, max_size=3))
 @example(overrides=["optimizer.lr=null", "optimizer.scale_lr=linear"])
+@example(overrides=["optimizer.scale_lr=null"])
+@example(overrides=["dataset.observations=[[1]]"])
 def test_any_config_works_or_says_why_not(root: Path, overrides: list[str]) -> None:
     try:
         event("works" if check(tiny(root, *overrides)) else "")

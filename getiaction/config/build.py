@@ -146,7 +146,7 @@ def build_optimizer(
         parts: micro-batches of one step, on all processes: what `optimizer.scale_lr` multiplies the rate by.
     """
     group = {**config.optimizer, "_convert_": "all"}
-    rule = group.pop("scale_lr", "none")  # runs of before it was there have no such key
+    rule = group.pop("scale_lr", None) or "none"  # runs of before it was there have no such key
     if rule != "none" and group.get("lr") is not None:
         group["lr"] *= LR_RULES[rule](parts)
     return build_group("optimizer", group, params=list(parameters))

@@ -27,6 +27,13 @@ CHOICES = {
     "tracker.name": ("local", "tensorboard", "wandb"),
     "sweep_metric": ("val_loss", "loss", "val_action_error", "score", "success"),
 }
+FLAGS = (
+    "backbone.crop_is_random",
+    "unet.use_film_scale_modulation",
+    "unet.gradient_checkpointing",
+    "scheduler.clip_sample",
+    "optimizer.fused",
+)
 AT_LEAST = {
     "seed": 0,
     "policy.n_obs_steps": 1,
@@ -81,6 +88,11 @@ def check_values(config: Config) -> Iterator[Problem]:
         value = look_up(config, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             yield Problem(f"{key}={value} must be a whole number of at least {least}")
+    for key in FLAGS:
+        if (value := look_up(config, key)) is not None and not isinstance(value, bool):
+            yield Problem(f"{key}={value} must be true or false")
+    if not all(isinstance(key, str) for key in config.dataset.observations or ()):
+        yield Problem(f"dataset.observations={config.dataset.observations} must be names: [observation.state]")
     for key in ("optimizer.lr", "training.max_grad_norm", "ema.power"):
         value = look_up(config, key)
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):

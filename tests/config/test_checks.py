@@ -35,6 +35,12 @@ ERRORS = [
     (["policy.num_inference_steps=0"], "must be a whole number of at least 1"),
     (["scheduler.prediction_type=noise"], "must be one of epsilon, sample, v_prediction"),
     (["lr_scheduler.name=cosin"], "must be one of constant, constant_with_warmup, cosine"),
+    (["unet.use_film_scale_modulation=[1,2]"], "must be true or false"),  # trained, and could not be saved
+    (["optimizer.scale_lr=square"], "optimizer.scale_lr=square must be one of none, sqrt, linear"),
+    (
+        ["hardware.num_nodes=2", "hardware.device=cpu"],
+        "needs a place where they meet: hardware.rendezvous=<host>:29500",
+    ),
     (["optimizer.lr=-1"], "optimizer.lr=-1 must be a positive number"),
     (["optimizer.lr=.nan"], "must be a positive number"),
     (["training.max_steps=null"], "training.max_steps and training.max_epochs are both null"),
