@@ -8,7 +8,7 @@ import signal
 import subprocess
 
 from getiaction.config.launch import LAUNCHED
-from getiaction.training.signals import WARNINGS
+from getiaction.signals import WARNINGS
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from getiaction.config.schema import Config, HardwareConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.errors import TrainingError
 from getiaction.machine import count_cores
+from getiaction.signals import STOPPING, WARNINGS
 from getiaction.training.metrics import read_metrics
-from getiaction.training.signals import STOPPING, WARNINGS
 
 log = logging.getLogger(__name__)
 LAUNCHED = "GETIACTION_LAUNCHED"
@@ -98,9 +98,9 @@ def run_and_forward_signals(command: list[str], env: dict[str, str]) -> int:
 
 
 def find_workers(launcher: int) -> list[psutil.Process]:
-    """Return the training processes that a launcher has started."""
+    """Return the training processes that a launcher has started; not those that they have started for themselves."""
     workers = []
-    for child in psutil.Process(launcher).children(recursive=True):
+    for child in psutil.Process(launcher).children():
         with contextlib.suppress(psutil.Error):
             if "RANK" in child.environ():
                 workers.append(child)

@@ -49,8 +49,8 @@ def read_command(folder: Path) -> list[str] | None:
 
 
 def without_launcher(overrides: Sequence[str]) -> list[str]:
-    """Return overrides in a fixed order, without those that say where jobs run."""
-    return sorted(override for override in overrides if not override.startswith(LAUNCHER))
+    """Return overrides without those that say where jobs run; their order numbers the jobs."""
+    return [override for override in overrides if not override.startswith(LAUNCHER)]
 
 
 class SweepLog(Callback):

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from getiaction.errors import TrainingError
+from getiaction.signals import WARNINGS
 from getiaction.simulation.environment import Observation
 from getiaction.simulation.rollout import Episode, MakeEnvironment, Runner
 
@@ -96,7 +97,8 @@ class WorkerPool:
 
 def serve(connection: Connection, make: MakeEnvironment, slots: list[int], keys: list[str], n_obs_steps: int) -> None:
     """Run the environments of these slots until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, *WARNINGS):
+        signal.signal(number, signal.SIG_IGN)  # they are the main process's to handle
     slot = -1
     with contextlib.suppress(EOFError, OSError):  # the main process has gone, or wants no more
         try:

@@ -193,6 +193,9 @@ def find_damage(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         if not manifest or not isinstance(manifest, dict):
             return f"{MANIFEST} lists no files"
+        for path in (*folder.rglob("*"), *(folder / name for name in manifest)):
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{path.relative_to(folder)} leads out of the checkpoint"
         for name, (size, digest) in manifest.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size or checksum(path) != digest:

@@ -22,12 +22,12 @@ from getiaction.errors import InputError, TrainingError
 from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
+from getiaction.signals import stop_on_signals
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock
 from getiaction.training.ema import Ema
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
-from getiaction.training.signals import stop_on_signals
 from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)

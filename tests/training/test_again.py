@@ -69,6 +69,7 @@ def test_a_sweep_that_is_complete_is_not_gone_on_with(tmp_path: Path, monkeypatc
     command = ("mine", ["+preset=pusht_cpu", "seed=0"], ["hydra/launcher=submitit_local"])
     assert sweep_folder(*command) == str(folder)
     assert sweep_folder("mine", ["+preset=pusht_cpu", "seed=0,1"], []) != str(folder)
+    assert sweep_folder("mine", ["seed=0", "+preset=pusht_cpu"], []) != str(folder)  # other numbers of the jobs
     with claimed(folder):  # it is running
         assert sweep_folder(*command) != str(folder)
     (folder / COMPLETE).touch()

@@ -238,6 +238,22 @@ def test_a_manifest_that_says_something_else_is_damage(save: Callable[..., Check
     assert store.newest([].append).name == "000005"
 
 
+def test_a_link_or_a_name_that_leads_out_of_a_checkpoint_is_damage(
+    save: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    store = save(1, 2, 3)
+    weights = store.folder / "000003/training_state/model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")  # the same content
+    manifest = store.folder / "000002/manifest.json"
+    content = json.loads(manifest.read_text())
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    manifest.write_text(json.dumps({**content, "../../elsewhere.safetensors": [elsewhere.stat().st_size, "0"]}))
+    said: list[str] = []
+    assert store.newest(said.append).name == "000001"
+    assert [line.count("leads out of the checkpoint") for line in said] == [1, 1]
+
+
 def test_without_a_whole_checkpoint_there_is_one_message(save: Callable[..., CheckpointStore]) -> None:
     store = save(5)
     (store.folder / "000005" / "manifest.json").unlink()
