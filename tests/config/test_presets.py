@@ -189,10 +189,9 @@ def test_preset_trains_two_steps_at_full_size(preset: str, request: pytest.Fixtu
 def scratch() -> Iterator[Path]:
     """Return a folder in memory, where there is one: checkpoints of the large presets take gigabytes."""
     memory = Path("/dev/shm")
-    spare = (
-        min(shutil.disk_usage(memory).free - 8e9, psutil.virtual_memory().available - 18e9) if memory.is_dir() else 0
-    )
-    with tempfile.TemporaryDirectory(dir=memory if spare > 0 else None) as folder:
+    left = psutil.virtual_memory().available - 18e9  # beside what training takes
+    roomy = memory.is_dir() and min(shutil.disk_usage(memory).free - 8e9, left) > 0
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
         yield Path(folder)
 
 
