@@ -73,6 +73,11 @@ def tiny(root: Path, *more: str) -> list[str]:
 @given(overrides=st.lists(st.one_of(LEAF, GROUP), min_size=1, max_size=3))
 @example(overrides=["optimizer.lr=null", "optimizer.scale_lr=linear"])
 @example(overrides=["optimizer.scale_lr=null"])
+@example(overrides=["unet=3"])
+@example(overrides=["tracker=[16]"])
+@example(overrides=["unet.kernel_size=null"])
+@example(overrides=["lr_scheduler='${seed}'"])
+@example(overrides=["~policy.horizon"])
 @example(overrides=["dataset.observations=[[1]]"])
 def test_any_config_works_or_says_why_not(root: Path, overrides: list[str]) -> None:
     try:

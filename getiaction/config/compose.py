@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -82,6 +84,7 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
         with exit_with_message():
+            check_choices([item for item in sys.argv[1:] if "=" in item and item[0] != "-"], config_name)
             return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
@@ -95,20 +98,35 @@ def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schem
     """
     register_resolvers()
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
+        plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
     except MissingMandatoryValue as error:
-        raise InputError(f"{error.full_key}= is needed: {key_comment(config_name, str(error.full_key))}") from error
+        raise InputError(f"{error.full_key}= is needed{key_comment(config_name, str(error.full_key))}") from error
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, config_name)) from error
+        text = explain(error, config_name)
+        named = getattr(error, "full_key", None) or text.startswith("training.resume")
+        raise InputError(text if named else f"{find_culprit(composed, schema)}: {text}") from error
     assert isinstance(typed, schema)
     return typed
 
 
 def key_comment(config_name: str, key: str) -> str:
-    """Return the comment above a key of a root config."""
+    """Return ": " and the comment above a key of a root config; nothing for a key that is not there."""
     lines = (CONF_DIR / f"{config_name}.yaml").read_text().splitlines()
-    number = next(number for number, line in enumerate(lines) if line.startswith(f"{key}:"))
-    return lines[number - 1].removeprefix("# ")
+    comments = (comment for comment, line in pairwise(lines) if line.startswith(f"{key}:") and comment[:1] == "#")
+    return next((f": {comment.removeprefix('# ')}" for comment in comments), "")
+
+
+def find_culprit(composed: DictConfig, schema: type[Any]) -> str:
+    """Return the dotted key whose value does not fit the schema, where OmegaConf's error does not name it."""
+    sections = {str(key): value for key, value in composed.items()}
+    pairs = [(key, name) for key, value in sections.items() if isinstance(value, DictConfig) for name in value]
+    for key, name in pairs:
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), {key: {str(name): sections[key][name]}})
+        except OmegaConfBaseException:
+            return f"{key}.{name!s}"
+    return "the config"
 
 
 def compose(overrides: list[str]) -> Config:
@@ -121,11 +139,32 @@ def compose(overrides: list[str]) -> Config:
 
     register_resolvers()
     GlobalHydra.instance().clear()
+    check_choices(overrides, "train")
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_config(hydra.compose("train", overrides=overrides), "train", Config)
     except HydraException as error:
         raise InputError(explain(error, "train")) from error
+
+
+def check_choices(overrides: list[str], config_name: str) -> None:
+    """Check that what is chosen of a group is a name: Hydra answers `unet=3` with a traceback.
+
+    Raises:
+        InputError: it is a number, null, or a list.
+    """
+    groups = groups_of(config_name)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:  # Hydra says it again
+            continue
+        name = override.key_or_group
+        if name in groups and not (override.is_delete() or override.is_sweep_override()):
+            value = override.value()
+            if not isinstance(value, str):
+                choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
+                raise InputError(f"{text} chooses no {name}: the choices are {', '.join(choices)}")
 
 
 def explain(error: Exception, config_name: str) -> str:

@@ -17,6 +17,7 @@ import yaml
 from getiaction.config.build import build_group
 from getiaction.config.precision import CHOICES, autocast
 from getiaction.config.schema import EvaluateConfig
+from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import run_of
@@ -181,8 +182,8 @@ def find_env(pretrained: Path) -> dict[str, Any]:
         raise InputError(f"{pretrained} belongs to no run that names its simulator: say which, env=pusht")
     if env.get("_target_") is None:
         raise InputError(f"{NO_SIMULATOR} ({config}); env=pusht evaluates it there all the same")
-    if not str(env["_target_"]).startswith("getiaction."):  # the run may be somebody else's: nothing of theirs is run
-        raise InputError(f"{config} names the simulator {env['_target_']}, which is not ours: say which, env=pusht")
+    for target in unknown_targets(env).values():  # the run may be somebody else's: nothing of theirs is run
+        raise InputError(f"{config} names the simulator {target}, which is not ours: say which, env=pusht")
     return env
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from getiaction.config.compose import to_config
 from getiaction.config.schema import Config
+from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
 from getiaction.training.checkpoint import read_global_batch_size
 
@@ -62,6 +63,11 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     saved.setdefault("mirror", {"_target_": None})  # a run of before they were there, whatever its preset says today
     saved["training"].setdefault("observation_noise", 0.0)
     fill_new_keys(saved, now)
+    for key, target in unknown_targets(OmegaConf.to_container(saved)).items():
+        if OmegaConf.select(now, key) != target:
+            raise InputError(
+                f"{path} would run {key}={target}, which is not ours: if it is yours, name it in this command as well"
+            )
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if key == "output_dir":

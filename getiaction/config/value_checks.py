@@ -27,13 +27,6 @@ CHOICES = {
     "tracker.name": ("local", "tensorboard", "wandb"),
     "sweep_metric": ("val_loss", "loss", "val_action_error", "score", "success"),
 }
-FLAGS = (
-    "backbone.crop_is_random",
-    "unet.use_film_scale_modulation",
-    "unet.gradient_checkpointing",
-    "scheduler.clip_sample",
-    "optimizer.fused",
-)
 AT_LEAST = {
     "seed": 0,
     "policy.n_obs_steps": 1,
@@ -68,6 +61,32 @@ AT_LEAST = {
     "hardware.hang_timeout": 1,
     "hardware.num_threads": 1,
 }
+LARGEST = 2**31 - 1  # of what torch counts with
+MOST = {
+    "seed": 2**63 - 1,
+    "evaluation.seed": 2**63 - 1,
+    "scheduler.num_train_timesteps": 100_000,  # its tables are made at once
+}
+OF_TYPE: dict[str, tuple[type, str]] = {  # in groups that stay open, so that the schema does not type them
+    "backbone.resnet": (str, "the name of a torchvision ResNet"),
+    "backbone.weights": (str, "null or the name of torchvision's weights"),
+    "backbone.crop_is_random": (bool, "true or false"),
+    "unet.use_film_scale_modulation": (bool, "true or false"),
+    "unet.gradient_checkpointing": (bool, "true or false"),
+    "scheduler.beta_schedule": (str, "the name of a schedule of diffusers'"),
+    "scheduler.clip_sample": (bool, "true or false"),
+    "optimizer.fused": (bool, "true or false"),
+}
+POSITIVE = (
+    "optimizer.lr",
+    "optimizer.eps",
+    "training.max_grad_norm",
+    "ema.power",
+    "scheduler.beta_start",
+    "scheduler.beta_end",
+    "scheduler.clip_sample_range",
+)
+MAY_BE_NULL = ("backbone.weights", "backbone.resize_shape", "backbone.crop_shape", "optimizer.fused")
 
 
 def look_up(config: Config, key: str) -> Any:
@@ -80,23 +99,41 @@ def look_up(config: Config, key: str) -> Any:
 
 def check_values(config: Config) -> Iterator[Problem]:
     """Check each key on its own: choices and ranges."""
+    yield from check_nulls(config)
     for key, choices in CHOICES.items():
         value = look_up(config, key)
         if value is not None and value not in choices:
             yield Problem(f"{key}={value} must be one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
         value = look_up(config, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            yield Problem(f"{key}={value} must be a whole number of at least {least}")
-    for key in FLAGS:
-        if (value := look_up(config, key)) is not None and not isinstance(value, bool):
-            yield Problem(f"{key}={value} must be true or false")
-    if not all(isinstance(key, str) for key in config.dataset.observations or ()):
-        yield Problem(f"dataset.observations={config.dataset.observations} must be names: [observation.state]")
-    for key in ("optimizer.lr", "training.max_grad_norm", "ema.power"):
+        most = MOST.get(key, LARGEST)
+        if value is not None and not is_whole(value, least, most):
+            too_much = f", and at most {most}" if isinstance(value, int) and value > most else ""
+            yield Problem(f"{key}={value} must be a whole number of at least {least}{too_much}")
+    for key, (kind, wanted) in OF_TYPE.items():
         value = look_up(config, key)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        if value is not None and not isinstance(value, kind):
+            yield Problem(f"{key}={value} must be {wanted}")
+    for key in POSITIVE:
+        value = look_up(config, key)
+        if value is not None and not (is_number(value) and value > 0):
             yield Problem(f"{key}={value} must be a positive number")
+    yield from check_shares(config)
+    yield from check_shapes(config)
+    yield from check_lists(config)
+
+
+def check_nulls(config: Config) -> Iterator[Problem]:
+    """Check that what an open group has is not null, where null means nothing."""
+    for key in (*CHOICES, *AT_LEAST, *OF_TYPE, *POSITIVE, "unet.down_dims"):
+        group, _, name = key.partition(".")
+        values = getattr(config, group)
+        if isinstance(values, dict) and name in values and values[name] is None and key not in MAY_BE_NULL:
+            yield Problem(f"{key}=null means nothing: give a value")
+
+
+def check_shares(config: Config) -> Iterator[Problem]:
+    """Check the numbers between 0 and 1."""
     if not 0 <= config.training.observation_noise <= 1:
         yield Problem(
             f"training.observation_noise={config.training.observation_noise} must be in [0, 1], a share of half the "
@@ -108,14 +145,39 @@ def check_values(config: Config) -> Iterator[Problem]:
         )
     if not 0 <= config.ema.max_decay < 1:
         yield Problem(f"ema.max_decay={config.ema.max_decay} must be in [0, 1): 0.9999 is the reference")
+
+
+def check_shapes(config: Config) -> Iterator[Problem]:
+    """Check the sizes of pictures and of the U-Net's levels."""
     for key in ("backbone.resize_shape", "backbone.crop_shape"):
         value = look_up(config, key)
         if value is not None and not (
-            isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)
+            isinstance(value, list) and len(value) == 2 and all(is_whole(side, 1) for side in value)
         ):
             yield Problem(f"{key}={value} must be null or two positive numbers, [height, width]")
     dims = config.unet.get("down_dims")
-    if dims is not None and not (
-        isinstance(dims, list) and dims and all(isinstance(dim, int) and dim > 0 for dim in dims)
-    ):
+    if dims is not None and not (isinstance(dims, list) and dims and all(is_whole(dim, 1) for dim in dims)):
         yield Problem(f"unet.down_dims={dims} must be a list of positive numbers: [256,512,1024]")
+
+
+def check_lists(config: Config) -> Iterator[Problem]:
+    """Check lists of the dataset, whose members OmegaConf lets be lists themselves."""
+    dataset = config.dataset
+    for key in ("episodes", "val_episodes"):
+        if not all(is_whole(index, 0) for index in getattr(dataset, key) or ()):
+            yield Problem(f"dataset.{key}={getattr(dataset, key)} must be a list of whole numbers: [0,1,2]")
+    if not all(isinstance(name, str) for name in dataset.observations or ()):
+        yield Problem(f"dataset.observations={dataset.observations} must be a list of names: [observation.state]")
+    for key, times in (dataset.delta_timestamps or {}).items():
+        if not all(is_number(time) for time in times):
+            yield Problem(f"dataset.delta_timestamps.{key}={times} must be a list of seconds: [-0.1,0.0]")
+
+
+def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
+    """Tell whether a value is a whole number in a range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,21 +107,53 @@ def read_table(metadata: DatasetMetadata, episodes: list[int], columns: list[str
     if not rows or len(rows) < len(episodes):
         unknown = sorted(set(episodes) - {row["episode_index"] for row in rows})
         raise InputError(f"{metadata.root} has no episodes {unknown or '[]'}, or they are named twice")
-    tables = []
-    for path in sorted({metadata.root / metadata.data_file(row) for row in rows}):
-        try:
-            tables.append(pq.read_table(path, columns=columns, filters=[(EPISODE_INDEX, "in", episodes)]))
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is damaged ({error}): fetch the dataset again") from error
-    table = pa.concat_tables(tables).sort_by([(EPISODE_INDEX, "ascending"), (FRAME_INDEX, "ascending")])
+    files = sorted({metadata.root / metadata.data_file(row) for row in rows})
+    tables = [read_part(path, columns, episodes) for path in files]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{metadata.root}: its tables disagree ({error}): fetch the dataset again") from error
+    table = table.sort_by([(EPISODE_INDEX, "ascending"), (FRAME_INDEX, "ascending")])
+    check_frames(metadata, rows, table)
+    return table
+
+
+def read_part(path: Path, columns: list[str], episodes: list[int]) -> pa.Table:
+    """Read columns of some episodes from one file.
+
+    Raises:
+        InputError: it is damaged, or does not count episodes and frames.
+    """
+    try:
+        table = pq.read_table(path, columns=columns, filters=[(EPISODE_INDEX, "in", episodes)])
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}): fetch the dataset again") from error
+    wanted = {EPISODE_INDEX: pa.types.is_integer, FRAME_INDEX: pa.types.is_integer, TIMESTAMP: pa.types.is_floating}
+    for name in wanted.keys() & set(columns):
+        if not wanted[name](kind := table.schema.field(name).type):
+            raise InputError(f"{path} is damaged ({name} cannot be {kind}): fetch the dataset again")
+    return table
+
+
+def check_frames(metadata: DatasetMetadata, rows: list[dict[str, Any]], table: pa.Table) -> None:
+    """Check that a sorted table has every frame of its episodes once.
+
+    Raises:
+        InputError: it disagrees with the metadata about an episode's length, or a frame is missing or there twice.
+    """
+    fix = "fetch the dataset again, or leave it out of dataset.episodes"
     counts = dict(zip(*np.unique(table[EPISODE_INDEX].to_numpy(), return_counts=True), strict=True))
     for row in rows:
-        if counts.get(row["episode_index"], 0) != row["length"]:
+        if (count := counts.get(row["episode_index"], 0)) != row["length"]:
             raise InputError(
-                f"{metadata.root}: episode {row['episode_index']} has {counts.get(row['episode_index'], 0)} rows, its "
-                f"metadata says {row['length']}: fetch the dataset again, or leave it out of dataset.episodes"
+                f"{metadata.root}: episode {row['episode_index']} has {count} rows, its metadata says {row['length']}: "
+                f"{fix}"
             )
-    return table
+    expected = np.concatenate([np.arange(row["length"]) for row in rows])
+    if len(wrong := np.flatnonzero(table[FRAME_INDEX].to_numpy() != expected)):
+        raise InputError(
+            f"{metadata.root}: episode {table[EPISODE_INDEX][wrong[0]]} has no frame_index={expected[wrong[0]]}: {fix}"
+        )
 
 
 def read_vectors(metadata: DatasetMetadata, table: pa.Table) -> dict[str, np.ndarray]:
@@ -132,7 +166,7 @@ def read_vectors(metadata: DatasetMetadata, table: pa.Table) -> dict[str, np.nda
     for key, size in metadata.vectors.items():
         try:
             values = to_matrix(table[key], size)
-        except ValueError as error:
+        except (ValueError, TypeError, pa.ArrowException) as error:
             raise InputError(
                 f"{metadata.root}: {key} does not hold {size} numbers in every row ({error}), as its metadata say: "
                 "fetch the dataset again"
@@ -152,7 +186,8 @@ def to_matrix(column: pa.ChunkedArray, size: int) -> np.ndarray:
     array = column.combine_chunks()
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
-    return np.array(array.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(column), size)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+        return np.array(array.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(column), size)
 
 
 def read_low_dimensional(metadata: DatasetMetadata, episodes: list[int]) -> Episodes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from getiaction.data.episodes import EPISODE_INDEX, FRAME_INDEX, TIMESTAMP, read_table
@@ -76,22 +79,31 @@ def resize(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def decode_videos(metadata: DatasetMetadata, episodes: list[int], camera: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (row, (H, W, C) uint8) for every wanted frame of every video file, in file order."""
     table = read_table(metadata, episodes, [TIMESTAMP, FRAME_INDEX, EPISODE_INDEX])
+    times = table[TIMESTAMP].to_numpy().astype(np.float64)
     per_file: dict[str, list[tuple[float, int]]] = {}
     first = 0
-    try:
-        times = table[TIMESTAMP].to_numpy().astype(np.float64)
-        for episode in metadata.rows_of(episodes):
-            offset = float(episode[f"videos/{camera}/from_timestamp"])
-            wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
-            wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
-            first += episode["length"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{metadata.root}: the table or meta/episodes do not say where {camera} lies in its videos "
-            f"({type(error).__name__}: {error}): fetch the dataset again"
-        ) from error
+    for episode in metadata.rows_of(episodes):
+        offset = episode[f"videos/{camera}/from_timestamp"]
+        wanted = per_file.setdefault(metadata.video_file(episode, camera), [])
+        wanted += [(offset + times[row], row) for row in range(first, first + episode["length"])]
+        first += episode["length"]
     for file, wanted in sorted(per_file.items()):
-        yield from decode_video(metadata.root / file, sorted(wanted))
+        for row, image in decode_video(metadata.root / file, sorted(wanted)):
+            check_size(metadata, camera, image.shape[:2])
+            yield row, image
+
+
+def check_size(metadata: DatasetMetadata, camera: str, size: tuple[int, ...]) -> None:
+    """Check that a picture has the (H, W) that the metadata say, for which the policy is built.
+
+    Raises:
+        InputError: it has another one.
+    """
+    if size != metadata.cameras[camera][1:]:
+        has, said = (f"{height}x{width}" for height, width in (size, metadata.cameras[camera][1:]))
+        raise InputError(
+            f"{metadata.root}: {camera} has a picture of {has}, its metadata say {said}: fetch the dataset again"
+        )
 
 
 def decode_video(path: Path, wanted: list[tuple[float, int]]) -> Iterator[tuple[int, np.ndarray]]:
@@ -130,29 +142,47 @@ def decode_images(metadata: DatasetMetadata, episodes: list[int], camera: str) -
     table = read_table(metadata, episodes, [FRAME_INDEX, EPISODE_INDEX])
     places = zip(table[EPISODE_INDEX].to_pylist(), table[FRAME_INDEX].to_pylist(), strict=True)
     row_of = {place: row for row, place in enumerate(places)}
-    for file in sorted({metadata.data_file(row) for row in metadata.rows_of(episodes)}):
-        content = pq.ParquetFile(metadata.root / file)
-        for part in content.iter_batches(batch_size=64, columns=[camera, FRAME_INDEX, EPISODE_INDEX]):
-            for cell in part.to_pylist():
-                place = (cell[EPISODE_INDEX], cell[FRAME_INDEX])
-                if place in row_of:
-                    yield row_of[place], decode_cell(cell[camera], metadata, camera, place)
+    for path in sorted({metadata.root / metadata.data_file(row) for row in metadata.rows_of(episodes)}):
+        try:
+            columns = [camera, FRAME_INDEX, EPISODE_INDEX]
+            for part in pq.ParquetFile(path).iter_batches(batch_size=64, columns=columns):
+                for cell in part.to_pylist():
+                    place = (cell[EPISODE_INDEX], cell[FRAME_INDEX])
+                    if place in row_of:
+                        yield row_of[place], decode_cell(cell.get(camera), metadata, camera, place)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}): fetch the dataset again") from error
 
 
 def decode_cell(cell: Any, metadata: DatasetMetadata, camera: str, place: tuple[int, int]) -> np.ndarray:
     """Decode one stored picture, {"bytes", "path"}, to (H, W, C) uint8.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none in the dataset's folder, or it is damaged, or of another size.
     """
     from torchvision.io import ImageReadMode, decode_image
 
     try:
-        content = cell["bytes"] if cell["bytes"] is not None else (metadata.root / cell["path"]).read_bytes()
+        content = cell["bytes"] if cell["bytes"] is not None else file_below(metadata.root, cell["path"]).read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:  # reads no pixels: a huge picture must not fill the memory
+            check_size(metadata, camera, opened.size[::-1])
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return decode_image(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except (RuntimeError, OSError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, OSError, LookupError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{metadata.root}: {camera} has no picture that can be decoded in episode {place[0]}, frame {place[1]} "
             f"({error}): fetch the dataset again, or leave its episode out of dataset.episodes"
         ) from error
+
+
+def file_below(root: Path, path: str) -> Path:
+    """Return a file named by a dataset, which may name none outside its folder.
+
+    Raises:
+        ValueError: the path leads out of `root`.
+    """
+    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
+        raise ValueError(f"{path} leads out of the dataset's folder")
+    return root / path

@@ -7,18 +7,17 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from string import Formatter
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
+from getiaction.data.metadata_checks import check_metadata
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 
 INFO_FILE = "meta/info.json"
-PLACES = {"chunk_index", "file_index", "video_key"}  # what LeRobot's paths are made of
+EPISODES = "meta/episodes"
 CACHE_FILE = "cache.json"  # marks a frame cache, which is a dataset of its own: see data/cache.py
 
 
@@ -50,16 +49,40 @@ class DatasetMetadata:
         return (self.root / CACHE_FILE).exists()
 
     @property
-    def cameras(self) -> dict[str, tuple[int, int, int]]:
-        """Return camera key -> recorded (C, H, W), depth maps left out."""
+    def file(self) -> Path:
+        """Return the file that holds `info`."""
+        return self.root / (CACHE_FILE if self.is_cache else INFO_FILE)
+
+    @property
+    def episode_file(self) -> Path:
+        """Return the file or folder that holds `episodes`."""
+        return self.root / (CACHE_FILE if self.is_cache else EPISODES)
+
+    @property
+    def camera_features(self) -> dict[str, dict[str, Any]]:
+        """Return camera key -> its entry in `features`, depth maps left out."""
         pictures = {key: spec for key, spec in self.features.items() if spec["dtype"] in ("image", "video")}
-        return {key: image_shape(spec) for key, spec in pictures.items() if is_camera(key) and not is_depth(spec)}
+        return {key: spec for key, spec in pictures.items() if is_camera(key) and not is_depth(spec)}
+
+    @property
+    def cameras(self) -> dict[str, tuple[int, int, int]]:
+        """Return camera key -> recorded (C, H, W)."""
+        return {key: image_shape(spec) for key, spec in self.camera_features.items()}
+
+    @property
+    def videos(self) -> list[str]:
+        """Return the cameras whose pictures are in videos, not in the tables."""
+        return [key for key, spec in self.camera_features.items() if spec["dtype"] == "video"]
+
+    @property
+    def vector_keys(self) -> list[str]:
+        """Return the states and the action that the dataset has."""
+        return [key for key in (OBS_STATE, OBS_ENV_STATE, ACTION) if key in self.features]
 
     @property
     def vectors(self) -> dict[str, int]:
-        """Return key -> size of the states and the action that the dataset has."""
-        wanted = (OBS_STATE, OBS_ENV_STATE, ACTION)
-        return {key: int(np.prod(self.features[key]["shape"])) for key in wanted if key in self.features}
+        """Return key -> size of the states and the action."""
+        return {key: math.prod(self.features[key]["shape"]) for key in self.vector_keys}
 
     @property
     def episode_indices(self) -> list[int]:
@@ -90,8 +113,11 @@ class DatasetMetadata:
 
 def image_shape(spec: dict[str, Any]) -> tuple[int, int, int]:
     """Return (C, H, W) of a camera feature, whichever order its `names` say."""
-    shape, names = [int(size) for size in spec["shape"]], spec.get("names") or []
-    channels_first = names[0] in ("channel", "channels") if names else shape[0] in (1, 3) and shape[2] not in (1, 3)
+    shape, names = [int(size) for size in spec["shape"]], spec.get("names")
+    if isinstance(names, list) and names:
+        channels_first = names[0] in ("channel", "channels")
+    else:
+        channels_first = shape[0] in (1, 3) and shape[2] not in (1, 3)
     return (shape[0], shape[1], shape[2]) if channels_first else (shape[2], shape[0], shape[1])
 
 
@@ -129,7 +155,7 @@ def read_metadata(root: Path, repo_id: str, revision: str | None = None) -> Data
         check_metadata(metadata)
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:  # Arrow's are ValueErrors
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, OSError, RuntimeError) as error:
         file = CACHE_FILE if (root / CACHE_FILE).exists() else "meta"
         raise InputError(
             f"{root / file} is damaged ({type(error).__name__}: {error}): fetch the dataset again"
@@ -137,65 +163,10 @@ def read_metadata(root: Path, repo_id: str, revision: str | None = None) -> Data
     return metadata
 
 
-def check_metadata(metadata: DatasetMetadata) -> None:
-    """Check that the metadata say what reading the dataset needs.
-
-    Raises:
-        InputError: something is missing, or cannot be.
-    """
-    root, info = metadata.root, metadata.info
-    if not metadata.episodes:
-        raise InputError(f"{root} has no episodes: its meta/episodes holds no table with rows; fetch the dataset again")
-    if ACTION not in metadata.features:
-        raise InputError(f"{root} has no 'action', only {', '.join(metadata.features)}: there is nothing to learn")
-    for key in (*metadata.cameras, *metadata.vectors):
-        shape = metadata.features[key]["shape"]
-        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise InputError(f"{root / INFO_FILE}: {key} has the shape {shape}: fetch the dataset again")
-    if not (math.isfinite(metadata.fps) and metadata.fps > 0):
-        raise InputError(f"{root / INFO_FILE}: fps={metadata.fps} must be positive: fetch the dataset again")
-    needs_video = any(metadata.features[camera]["dtype"] == "video" for camera in metadata.cameras)
-    for path, needed in (("data_path", True), ("video_path", needs_video)):
-        if needed and not info.get(path):
-            raise InputError(f"{root / INFO_FILE} has no {path}: fetch the dataset again")
-        if needed and not stays_inside(info[path]):
-            raise InputError(f"{root / INFO_FILE}: {path}={info[path]!r} is no path inside the dataset: fetch it again")
-    check_episode_rows(metadata)
-
-
-def stays_inside(template: str) -> bool:
-    """Tell whether a template of paths leads nowhere but below its root, and asks for nothing but numbers and names."""
-    asked = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-    path = PurePosixPath(template)
-    return asked <= PLACES and not path.is_absolute() and ".." not in path.parts
-
-
-def check_episode_rows(metadata: DatasetMetadata) -> None:
-    """Check that every episode has a number of its own, a length and a place.
-
-    Raises:
-        InputError: one does not; the message says which.
-    """
-    place = () if metadata.is_cache else ("data/chunk_index", "data/file_index")
-    seen: set[int] = set()
-    for number, row in enumerate(metadata.episodes):
-        for key in ("episode_index", "length", *place):
-            value = row[key]
-            if isinstance(value, bool) or not isinstance(value, int) or value < (key == "length"):
-                raise InputError(
-                    f"{metadata.root / 'meta'}: row {number} of the episodes has {key}={value}: fetch the dataset again"
-                )
-        if row["episode_index"] in seen:
-            raise InputError(
-                f"{metadata.root / 'meta'} lists episode {row['episode_index']} twice: fetch the dataset again"
-            )
-        seen.add(row["episode_index"])
-
-
 def read_episode_rows(root: Path) -> list[dict[str, Any]]:
     """Read the episode tables, statistics left out, sorted by episode."""
     rows: list[dict[str, Any]] = []
-    for path in sorted((root / "meta/episodes").glob("*/*.parquet")):
+    for path in sorted((root / EPISODES).glob("*/*.parquet")):
         names = [name for name in pq.read_schema(path).names if not name.startswith(("stats/", "tasks"))]
         rows += pq.read_table(path, columns=names).to_pylist()
     return sorted(rows, key=lambda row: row["episode_index"])

@@ -140,7 +140,43 @@ def test_an_image_that_is_missing(cell: dict | None, image_root: Path, damaged) 
     assert str(root) in found
 
 
+def test_an_image_outside_the_dataset_is_not_read(image_root: Path, damaged) -> None:
+    root = damaged(image_root)
+    edit_column(table_of(root), WRIST, lambda cells: [{"bytes": None, "path": "../secret.png"}, *cells[1:]])
+    assert "leads out of the dataset's folder" in message(root)
+
+
+@pytest.mark.parametrize("root", ["video_root", "image_root"])
+def test_pictures_of_another_size_than_the_metadata_say(root: str, damaged, request: pytest.FixtureRequest) -> None:
+    copy = damaged(request.getfixturevalue(root))
+    edit_info(copy, lambda info: info["features"][WRIST].update(shape=[8, 8, 3]))
+    assert f"{WRIST} has a picture of" in message(copy, cameras=(WRIST,))
+
+
 # --- tables
+
+
+def edit_info(root: Path, edit: Callable[[dict], object]) -> None:
+    """Change `meta/info.json`."""
+    path = root / "meta/info.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "path", ["../{chunk_index}.parquet", "/etc/{file_index}.parquet", "data/{chunk_index.__class__}.parquet"]
+)
+def test_a_path_that_leads_out_or_asks_for_more_than_numbers(path: str, video_root: Path, damaged) -> None:
+    root = damaged(video_root)
+    edit_info(root, lambda info: info.update(data_path=path))
+    assert f"data_path={path}" in message(root)
+
+
+def test_a_frame_that_is_there_twice(video_root: Path, damaged) -> None:
+    root = damaged(video_root)
+    edit_column(table_of(root), "frame_index", lambda numbers: [0, *numbers[:1], *numbers[2:]])
+    assert "episode 0 has no frame_index=1" in message(root)
 
 
 def test_a_missing_table(video_root: Path, damaged) -> None:

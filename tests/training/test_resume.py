@@ -263,6 +263,28 @@ def test_the_same_global_batch_may_be_split_otherwise(tiny: Any, stopped: Path, 
     assert tiny.resume(folder, *split, "training.max_steps=3")["loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("optimizer", "os.system"),
+        ("scheduler", "getiaction.config.launch.run_and_forward_signals"),
+        ("mirror", "torch.hub.load"),
+    ],
+)
+def test_a_config_of_somebody_elses_runs_nothing_of_theirs(
+    stopped: Path, tmp_path: Path, key: str, target: str
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content[key]["_target_"] = target
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    overrides = [f"training.resume='{folder}'"]
+    with pytest.raises(InputError, match=f"would run {key}._target_={target}, which is not ours"):
+        resumed_config(compose(overrides), overrides, folder)
+    named = [*overrides, f"{key}._target_={target}"]
+    assert getattr(resumed_config(compose(named), named, folder), key)["_target_"] == target
+
+
 def test_repeating_the_whole_command_is_accepted(tiny: Any, stopped: Path) -> None:
     config = tiny.resumed_config(stopped, *tiny.overrides("training.max_steps=2"))
     saved = yaml.safe_load((stopped / "config.yaml").read_text())
