@@ -59,7 +59,7 @@ def uninterrupted(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_twenty_kills_change_nothing(tiny: Any, helpers: Any, tmp_path: Path, uninterrupted: Path) -> None:
     draw = random.Random(0)
     at_a_write = [{"what": "kill", "writes": draw.randint(1, 60)} for _ in range(12)]
-    at_a_time = [{"what": "kill", "seconds": draw.uniform(0.2, 1.5)} for _ in range(8)]
+    at_a_time = [{"what": "kill", "seconds": draw.uniform(0.2, 0.9)} for _ in range(8)]
     accidents = draw.sample(at_a_write + at_a_time, 20)
     rounds = torture(tiny, tmp_path / "run", accidents)
     assert [entry["code"] for entry in rounds] == [KILLED] * 20 + [0]
