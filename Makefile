@@ -8,7 +8,7 @@ READY := .venv/.ready
 # These presets learn from the demonstrations in the box, unless ARGS name other data, or a run to go on with.
 BOXED := pusht_basic pusht_advanced pusht_fast pusht_cpu pusht_multigpu
 DEMO := $(if $(filter $(BOXED),$(PRESET)),pusht_demo)$(if $(filter pusht_keypoints,$(PRESET)),pusht_demo_keypoints)
-OWN := $(filter dataset=% dataset.root=% dataset.repo_id=%,$(ARGS)) \
+OWN := $(filter dataset=% dataset.root=% dataset.repo_id=%,$(ARGS)) $(findstring dataset.sources=,$(ARGS)) \
 	$(filter-out %=null %=false,$(filter training.resume=%,$(ARGS)))
 DATA := $(if $(DEMO),$(if $(strip $(OWN)),,dataset=$(DEMO)))
 

@@ -148,7 +148,7 @@ def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespa
 def profile(preset: str, root: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Train in this process; return the share of each part in the time of a step, and the seconds of a step."""
     from getiaction.config.run import build_trainer, start_accelerator
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
 
     steps = arguments.steps or STEPS[preset]
     more = [
@@ -182,9 +182,7 @@ def profile(preset: str, root: Path, arguments: argparse.Namespace) -> dict[str,
         setattr(owner, method, watched)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(
-            config, find_dataset("lerobot/pusht", str(root)), start_accelerator(config, Path(folder)), Path(folder)
-        )
+        trainer = build_trainer(config, find_data(config), start_accelerator(config, Path(folder)), Path(folder))
         watch(trainer.policy, "encode", "encoder")
         watch(trainer.policy.diffusion.unet, "forward", "U-Net")
         watch(trainer.accelerator, "backward", "backward")

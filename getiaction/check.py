@@ -26,23 +26,21 @@ def check(overrides: list[str]) -> list[str]:
     from getiaction.config.checks import check_config
     from getiaction.config.compose import compose
     from getiaction.config.dataset_checks import check_dataset
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
 
     config = compose(overrides)
     check_config(config)
-    metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
-    check_dataset(config, metadata)
-    run.check_buildable(config, metadata)
-    policy = build_policy(config, build_features(config, metadata), {}, fetch_weights=False, device="meta")
+    mixture = find_data(config)
+    check_dataset(config, mixture)
+    run.check_buildable(config, mixture)
+    policy = build_policy(config, build_features(config, mixture.metadata), {}, fetch_weights=False, device="meta")
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
     training = config.training
-    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
-    frames = sum(int(row["length"]) for row in metadata.rows_of(chosen))
     batch = training.batch_size * training.gradient_accumulation_steps * config.hardware.num_processes
     lengths = {"steps": training.max_steps, "epochs": training.max_epochs}
     return [
         f"policy: {parameters:.1f} M parameters, sees {', '.join(policy.features.observation_keys)}",
-        f"data: {metadata.root}, {len(chosen)} episodes, {frames} frames at {metadata.fps:g} Hz",
+        *(f"data: {source.describe()}" for source in mixture.sources),
         f"training: {' or '.join(f'{count} {unit}' for unit, count in lengths.items() if count)} of {batch} samples",
         "all is well",
     ]

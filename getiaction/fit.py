@@ -137,11 +137,11 @@ def check(overrides: list[str]) -> None:
     from getiaction.config.checks import check_config
     from getiaction.config.compose import compose
     from getiaction.config.dataset_checks import check_dataset
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
 
     config = compose(overrides)
     check_config(config)
-    check_dataset(config, find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision))
+    check_dataset(config, find_data(config))
 
 
 def say(module: str, overrides: list[str]) -> None:

@@ -30,15 +30,15 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
     from getiaction.config.record import check_folder, write_result, write_run_files
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
     from getiaction.files import claimed, is_full
     from getiaction.report.run import draw_report
 
     check_config(config)
     check_folder(config, folder)
-    metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
-    check_dataset(config, metadata)
-    run.check_buildable(config, metadata)
+    mixture = find_data(config)
+    check_dataset(config, mixture)
+    run.check_buildable(config, mixture)
     config.output_dir = str(folder)
     accelerator = run.start_accelerator(config, folder)
     is_main = accelerator.is_main_process
@@ -46,7 +46,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     try:
         if is_main:
             held.enter_context(claimed(folder))
-        trainer = run.build_trainer(config, metadata, accelerator, folder)
+        trainer = run.build_trainer(config, mixture, accelerator, folder)
         write_run_files(config, folder, accelerator)
         metrics = trainer.fit()
         if is_main:

@@ -25,22 +25,21 @@ def validate(config: Config, checkpoint: str) -> dict[str, float]:
     """
     from getiaction.config import run
     from getiaction.config.build import build_features
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.training.validation import evaluating
 
     folder = find_policy_folder(checkpoint, key="--ckpt_path")
-    metadata = find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision)
+    mixture = find_data(config)
     policy = load_policy(folder)
     take_shapes(config, policy)
-    if (shown := build_features(config, metadata).shapes) != policy.features.shapes:
+    if (shown := build_features(config, mixture.metadata).shapes) != policy.features.shapes:
         raise InputError(f"--ckpt_path {folder} sees {policy.features.shapes}, the data show {shown}")
     with tempfile.TemporaryDirectory() as nowhere:
         accelerator = run.start_accelerator(config, Path(nowhere))
-        episodes = run.load_data(config, metadata, accelerator)
-        train, held_out = run.split(config, episodes.indices.tolist())
+        episodes = run.load_data(config, mixture, accelerator)
         policy = run.place(policy, config.hardware, accelerator)
-        _, validator = run.build_batches(config, episodes, train, held_out, policy, accelerator)
+        _, validator = run.build_batches(config, mixture, episodes, policy, accelerator)
         if validator is None:
             raise InputError("no episode is held out: use dataset.val_fraction=0.05, or dataset.val_episodes='[0]'")
         with accelerator.autocast(), evaluating(policy):

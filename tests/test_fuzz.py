@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from getiaction.check import check
 from getiaction.config.compose import CONF_DIR, compose, known_keys
-from getiaction.config.run import load_data, make_windows, start_accelerator
-from getiaction.data.metadata import find_dataset
+from getiaction.config.data import load_data, make_windows
+from getiaction.config.run import start_accelerator
+from getiaction.config.sources import find_data
 from getiaction.data.statistics import compute_statistics
 from getiaction.errors import InputError
 
@@ -162,8 +163,7 @@ def test_any_dataset_is_read_or_refused(root: Path, tmp_path: Path, changes: lis
     try:
         check(overrides)
         config = compose(overrides)
-        metadata = find_dataset(config.dataset.repo_id, config.dataset.root)
-        episodes = load_data(config, metadata, start_accelerator(config, tmp_path))
+        episodes = load_data(config, find_data(config), start_accelerator(config, tmp_path))
         make_windows(config, episodes)
         compute_statistics(episodes, config.dataset.image_stats)
         event("works")

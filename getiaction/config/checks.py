@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
+from getiaction.config.sources import check_sources
 from getiaction.config.value_checks import check_values
 from getiaction.policy.unet import FINAL_GROUPS
 
@@ -27,7 +28,7 @@ def check_config(config: Config) -> None:
     Raises:
         InputError: all errors, one a line; with `strict`, warnings too.
     """
-    simple = list(check_values(config))
+    simple = [*check_values(config), *check_sources(config)]
     checks = () if simple else (check_time, check_unet, check_pictures, check_noise, check_training)
     report(simple + [problem for check in checks for problem in check(config)], strict=config.strict)
 

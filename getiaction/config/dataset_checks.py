@@ -9,19 +9,22 @@ from getiaction.config.checks import check_crop
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.mixture import Mixture
 from getiaction.data.windows import check_delta_timestamps
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, is_camera
 
 
-def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
-    """Check the config against what the dataset says of itself.
+def check_dataset(config: Config, mixture: Mixture) -> None:
+    """Check the config against what the dataset says of itself, or the datasets.
 
     Raises:
         InputError: all errors, one a line; with `strict`, warnings too.
     """
-    report(list(check_observations(config, metadata)) + list(check_episodes(config, metadata)), strict=config.strict)
-    report(list(check_mirror(config, metadata)), strict=config.strict)
+    metadata = mixture.metadata
+    report([*check_observations(config, metadata), *check_episodes(mixture)], strict=config.strict)
+    report(list(check_agreement(config, mixture)), strict=config.strict)
+    report([*check_mirror(config, metadata), *check_samples(config, mixture)], strict=config.strict)
     if config.dataset.delta_timestamps:
         unknown = [key for key in config.dataset.delta_timestamps if key not in metadata.features]
         if unknown:
@@ -32,6 +35,18 @@ def check_dataset(config: Config, metadata: DatasetMetadata) -> None:
         check_delta_timestamps(
             config.dataset.delta_timestamps, n_obs_steps=policy.n_obs_steps, horizon=policy.horizon, fps=metadata.fps
         )
+
+
+def check_agreement(config: Config, mixture: Mixture) -> Iterator[Problem]:
+    """Check that all datasets have what the policy uses, and none of their episodes is there twice."""
+    keys = [*observation_keys(config, mixture.metadata), ACTION]
+    disagreements = list(mixture.disagreements(keys))
+    common = [key for key in keys if key != ACTION and not any(f" {key}:" in line for line in disagreements)]
+    if disagreements and common and len(common) < len(keys) - 1:
+        disagreements.append(f"what all of them have is dataset.observations='[{','.join(common)}]'")
+    yield from map(Problem, (*disagreements, *mixture.overlaps()))
+    if not disagreements:
+        yield from (Problem(line, is_error=False) for line in mixture.other_names(keys))
 
 
 def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
@@ -93,21 +108,34 @@ def check_mirror(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]
                 )
 
 
-def check_episodes(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
-    """Check that the chosen episodes exist and leave some for training."""
-    for key in ("episodes", "val_episodes"):
-        chosen = getattr(config.dataset, key)
-        if chosen is None:
-            continue
-        missing = sorted(set(chosen) - set(metadata.episode_indices))
-        if missing:
-            last = metadata.episode_indices[-1]
-            yield Problem(
-                f"dataset.{key}={missing} do not exist: {metadata.root} has episodes "
-                f"{metadata.episode_indices[0]} to {last}"
-            )
-        if len(set(chosen)) < len(chosen):
-            twice = {index for index in chosen if chosen.count(index) > 1}
-            yield Problem(f"dataset.{key} names {sorted(twice)} twice: name each episode once")
-    if config.dataset.episodes is not None and not config.dataset.episodes:
-        yield Problem("dataset.episodes=[] leaves nothing to train on: use null for all episodes")
+def check_episodes(mixture: Mixture) -> Iterator[Problem]:
+    """Check that the chosen episodes exist, each once."""
+    for source in mixture.sources:
+        indices = source.metadata.episode_indices
+        for name, chosen in (("episodes", source.episodes), ("val_episodes", source.val_episodes)):
+            if chosen is None:
+                continue
+            if missing := sorted(set(chosen) - set(indices)):
+                yield Problem(
+                    f"{source.key}.{name}={missing} do not exist: {source.metadata.root} has episodes {indices[0]} to "
+                    f"{indices[-1]}"
+                )
+            if len(set(chosen)) < len(chosen):
+                twice = {index for index in chosen if chosen.count(index) > 1}
+                yield Problem(f"{source.key}.{name} names {sorted(twice)} twice: name each episode once")
+        if source.episodes is not None and not source.episodes:
+            yield Problem(f"{source.key}.episodes=[] leaves nothing to train on: use null for all episodes")
+
+
+def check_samples(config: Config, mixture: Mixture) -> Iterator[Problem]:
+    """Check that what is left to train on, and what is held out, is long enough for a sample."""
+    dropped = config.drop_n_last_frames
+    splits = mixture.splits(config.dataset.val_fraction, config.seed)
+    for source, (training, held_out) in zip(mixture.sources, splits, strict=True):
+        for purpose, indices in (("to train on", training), ("held out", held_out)):
+            rows = source.metadata.rows_of(indices)
+            if rows and all(row["length"] <= dropped for row in rows):
+                yield Problem(
+                    f"none of the {len(rows)} episodes {purpose} of {source.key} ({source.metadata.root}) is longer "
+                    f"than policy.drop_n_last_frames={dropped}: lower it, or choose other episodes"
+                )

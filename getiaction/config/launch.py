@@ -43,10 +43,10 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
     """
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
-    from getiaction.data.metadata import find_dataset
+    from getiaction.config.sources import find_data
 
     check_config(config)
-    check_dataset(config, find_dataset(config.dataset.repo_id, config.dataset.root, config.dataset.revision))
+    check_dataset(config, find_data(config))
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("output_dir=")]
     hardware = config.hardware
     command = [

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from getiaction.config.compose import to_config
 from getiaction.config.schema import Config
+from getiaction.config.sources import without_roots
 from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
 from getiaction.training.checkpoint import read_global_batch_size
@@ -80,6 +81,9 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
             if value == OmegaConf.select(saved, key):
                 continue
+            if key == "dataset.sources" and moved(plain(OmegaConf.select(saved, key)), plain(value)):
+                saved.dataset.sources = value
+                continue
             raise InputError(
                 f"{override} cannot change in a run that resumes (it has {key}={plain(OmegaConf.select(saved, key))}): "
                 f"leave it out, or start a new run. What may change: {', '.join(MAY_CHANGE)}"
@@ -98,6 +102,11 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
             size = batch // before // processes
             log.warning("warning: batch norm saw %d samples at a time: training.batch_size=%d", batch // before, size)
     return to_config(saved, "train", Config)
+
+
+def moved(sources: list[Any] | None, now: list[Any] | None) -> bool:
+    """Tell whether two lists of datasets differ in nothing but the folders where those lie."""
+    return sources is not None and now is not None and without_roots(sources) == without_roots(now)
 
 
 def split_batch(training: DictConfig, batch: int, processes: int, *, may_shrink: bool) -> None:

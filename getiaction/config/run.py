@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import nn
 
 from getiaction.config.build import (
     build_features,
@@ -23,23 +23,19 @@ from getiaction.config.build import (
     build_optimizer,
     build_policy,
     fetch_weights,
-    observation_keys,
 )
+from getiaction.config.data import build_batches, load_data, split
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
 from getiaction.config.fine_tuning import check_init_from, start_from
 from getiaction.config.precision import choose_precision
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.config.sweep import in_sweep
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
-from getiaction.data.cache import load_episodes
 from getiaction.data.episodes import Episodes
-from getiaction.data.metadata import DatasetMetadata
-from getiaction.data.statistics import compute_statistics, split_episodes
-from getiaction.data.windows import Windows
+from getiaction.data.mixture import Mixture
+from getiaction.data.statistics import compute_statistics
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
-from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
 from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
@@ -48,7 +44,6 @@ from getiaction.training.ema import Ema
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.ranks import Ranks, Watchdog
-from getiaction.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -82,19 +77,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     return accelerator
 
 
-def load_data(config: Config, metadata: DatasetMetadata, accelerator: Accelerator) -> Episodes:
-    """Load the chosen episodes; the main process decodes first, then one of each machine; others find the cache."""
-    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
-    cameras = [key for key in observation_keys(config, metadata) if is_camera(key)]
-    resize = config.backbone.get("resize_shape")
-    cache_dir = Path(config.dataset.cache_dir).expanduser() if config.dataset.cache_dir else None
-    with accelerator.main_process_first(), accelerator.local_main_process_first():  # machines may share a cache, or not
-        return load_episodes(
-            metadata, chosen, cameras, resize=tuple(resize) if resize else None, cache_dir=cache_dir, announce=log.info
-        )
-
-
-def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accelerator, folder: Path) -> Trainer:
+def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, folder: Path) -> Trainer:
     """Build everything that a run needs, or bring it back to where it was.
 
     Raises:
@@ -108,16 +91,16 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
     checkpoint = store.newest(log.warning) if resuming else None
     state = read_state(checkpoint) if checkpoint else None
 
-    episodes = load_data(config, metadata, accelerator)
-    train_indices, val_indices = split(config, episodes.indices.tolist())
-    statistics = compute_statistics(episodes.select(train_indices), config.dataset.image_stats, build_mirror(config))
-    policy = build_policy(config, build_features(config, metadata), statistics, fetch_weights=fetches)
+    episodes = load_data(config, mixture, accelerator)
+    training = episodes.select(split(config, mixture)[0])
+    statistics = compute_statistics(training, config.dataset.image_stats, build_mirror(config))
+    policy = build_policy(config, build_features(config, mixture.metadata), statistics, fetch_weights=fetches)
     if not resuming:
         start_from(config, policy)
     if reasons := not_for_lerobot(policy):
         log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
     policy = place(policy, config.hardware, accelerator)
-    batches, validator = build_batches(config, episodes, train_indices, val_indices, policy, accelerator)
+    batches, validator = build_batches(config, mixture, episodes, policy, accelerator)
     data = episodes.fingerprint()
     if state:
         check_resumable(state, batches.share, data)
@@ -153,7 +136,7 @@ def build_trainer(config: Config, metadata: DatasetMetadata, accelerator: Accele
             point_last_at(store.folder, checkpoint.name)  # a kill may have come before
         done = ": nothing is left to do" if state.step >= plan.max_steps else ""
         log.info("resuming %s at step %d of %d%s", folder, state.step, plan.max_steps, done)
-    announce(trainer, episodes, config.optimizer.get("scale_lr", "none"))
+    announce(trainer, mixture, episodes, config.optimizer.get("scale_lr", "none"))
     return trainer
 
 
@@ -179,78 +162,13 @@ def evaluate_in_training(
     return flat(summary)
 
 
-def split(config: Config, indices: list[int]) -> tuple[list[int], list[int]]:
-    """Split episodes into those for training and those held out."""
-    dataset = config.dataset
-    return split_episodes(
-        indices, val_fraction=dataset.val_fraction, val_episodes=dataset.val_episodes, seed=config.seed
-    )
-
-
-def build_batches(
-    config: Config,
-    episodes: Episodes,
-    train_indices: list[int],
-    val_indices: list[int],
-    policy: DiffusionPolicy,
-    accelerator: Accelerator,
-) -> tuple[TrainingBatches, Validator | None]:
-    """Place the data, and make what trains and what validates on them."""
-    training, validation = config.training, config.validation
-    resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
-    if resident and accelerator.device.type != "cpu" and episodes.num_frames < episodes.num_rows:
-        episodes = episodes.in_memory()  # so that only the chosen episodes go to the device
-    gatherer = Gatherer(
-        episodes,
-        make_windows(config, episodes.select(train_indices)),
-        device=accelerator.device,
-        resident=resident,
-        observations=policy.features.observation_keys,
-        crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,
-        mirror=build_mirror(config),
-    )
-    share = Share(
-        training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
-    )
-    batches = TrainingBatches(
-        gatherer,
-        Order(len(gatherer.windows), share.global_batch_size, config.seed),
-        share,
-        crop_is_random=bool(config.backbone.get("crop_is_random")),
-        observation_noise=noise_of(policy, training.observation_noise),
-        prefetch=not resident,
-    )
-    if not val_indices:
-        return batches, None
-    validator = Validator(
-        gatherer.with_windows(make_windows(config, episodes.select(val_indices))),
-        max_samples=validation.max_samples,
-        max_sampled=validation.max_sampled,
-        batch_size=training.batch_size,
-        seed=config.seed,
-    )
-    return batches, validator
-
-
-def noise_of(policy: DiffusionPolicy, share: float) -> dict[str, Tensor]:
-    """Return the standard deviation (D,) of the noise on each state, in raw units; nothing for none."""
-    statistics = policy.normalizer.statistics if share else {}
-    return {
-        key: share * (statistics[key]["max"] - statistics[key]["min"]) / 2
-        for key in policy.features.vectors
-        if key in statistics
-    }
-
-
-def check_buildable(config: Config, metadata: DatasetMetadata) -> None:
+def check_buildable(config: Config, mixture: Mixture) -> None:
     """Build everything once without memory or data: what a group refuses is an error before anything is decoded.
 
     Raises:
-        InputError: the policy, the optimiser, the split or the simulator cannot be built, or they do not fit.
+        InputError: the policy, the optimiser or the simulator cannot be built, or they do not fit.
     """
-    chosen = config.dataset.episodes if config.dataset.episodes is not None else metadata.episode_indices
-    split(config, list(chosen))
-    features = build_features(config, metadata)
+    features = build_features(config, mixture.metadata)
     policy = build_policy(config, features, {}, fetch_weights=False, device="meta")
     if not config.resumes:
         check_init_from(config, policy)
@@ -268,16 +186,6 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
         for encoder in policy.encoders:
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return policy
-
-
-def make_windows(config: Config, episodes: Episodes) -> Windows:
-    """List the samples of some episodes."""
-    return Windows(
-        episodes,
-        n_obs_steps=config.policy.n_obs_steps,
-        horizon=config.policy.horizon,
-        drop_n_last_frames=config.drop_n_last_frames,
-    )
 
 
 def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
@@ -299,8 +207,8 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
     )
 
 
-def announce(trainer: Trainer, episodes: Episodes, scale_lr: str) -> None:
-    """Say in three lines what is about to happen."""
+def announce(trainer: Trainer, mixture: Mixture, episodes: Episodes, scale_lr: str) -> None:
+    """Say in a few lines what is about to happen."""
     policy, batches, plan = trainer.policy, trainer.batches, trainer.plan
     share, device = batches.share, batches.gatherer.device
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
@@ -311,6 +219,9 @@ def announce(trainer: Trainer, episodes: Episodes, scale_lr: str) -> None:
     log.info(
         "data: %d frames, %d samples, %.2f GB %s", episodes.num_frames, plan.epoch_samples, episodes.nbytes / 1e9, where
     )
+    if len(mixture.sources) > 1:
+        for source, share_of in zip(mixture.sources, batches.order.shares, strict=True):
+            log.info("data: %.0f%% of %s; its episodes count from %d", 100 * share_of, source.describe(), source.offset)
     split = f"{share.batch_size} per device x {share.processes} processes x {share.accumulation} accumulation"
     rate = f"learning rate {trainer.optimizer.param_groups[0]['initial_lr']:.3g} (optimizer.scale_lr={scale_lr})"
     log.info("batch: %s = %d; %d steps, %.1f epochs; %s", split, share.global_batch_size, plan.max_steps, epochs, rate)

@@ -37,6 +37,7 @@ class DatasetConfig:
     repo_id: str = MISSING
     root: str | None = MISSING
     revision: str | None = MISSING
+    sources: list[Any] | None = MISSING
     episodes: list[int] | None = MISSING
     observations: list[str] | None = MISSING
     val_fraction: float = MISSING

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from getiaction.data.episodes import Episodes
 from getiaction.data.mirror import Mirror
+from getiaction.data.stacked import Stacked
 from getiaction.data.windows import Windows
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, ACTION_IS_PAD
@@ -24,6 +25,7 @@ from getiaction.random import Purpose, generator
 Batch = dict[str, Tensor]
 FITS = 0.5  # share of the free memory that resident data may take
 CPU = torch.device("cpu")
+CHUNK = 1024  # pictures copied to the device at a time
 PREFETCH = 2  # batches gathered ahead when data stay on the host
 
 
@@ -32,31 +34,66 @@ class Order:
     """Decide which samples each step sees: shuffled epochs, one after the other, cut into global batches.
 
     A batch may reach over the end of an epoch into the next, so every epoch shows each sample exactly once and every
-    batch has the same size.
+    batch has the same size. With weights an epoch is still M samples long, but each source has its share of them, and
+    goes through its own samples at its own pace: none is seen again before all others of its source were.
 
     Args:
         num_samples: M.
         batch_size: the global batch: per-device batch x processes x accumulation.
         seed: of the run.
+        sizes: the samples of each source, which lie one source after the other; they add up to M.
+        weights: how often each source is seen, in relation to the others; empty: as its size says.
     """
 
     num_samples: int
     batch_size: int
     seed: int
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def ids(self, step: int) -> np.ndarray:
         """Return the (batch_size,) samples of a step, counted from 0."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(positions, self.num_samples)
-        return np.concatenate(
-            [shuffled(self.num_samples, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-        )
+        return np.concatenate([self.epoch(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Return the share of each source in what is seen."""
+        parts = np.array(self.weights or self.sizes, dtype=float)
+        return parts / parts.sum()
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Return the (M,) samples of an epoch, in order."""
+        if not self.weights:
+            return shuffled(self.num_samples, self.seed, epoch)
+        return mixed(self.sizes, share_out(self.num_samples, self.weights), self.seed, epoch)
 
 
 @lru_cache(maxsize=4)
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch, a permutation of `count`."""
-    return torch.randperm(count, generator=generator(seed, Purpose.ORDER, epoch)).numpy()
+def shuffled(count: int, seed: int, *counters: int) -> np.ndarray:
+    """Return a permutation of `count`; the counters are an epoch, or a pass and its source."""
+    return torch.randperm(count, generator=generator(seed, Purpose.ORDER, *counters)).numpy()
+
+
+@lru_cache(maxsize=4)
+def mixed(sizes: tuple[int, ...], quotas: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """Return the order of an epoch that shows `quotas` samples of each source, where its last epoch left off."""
+    parts = []
+    for source, (size, quota) in enumerate(zip(sizes, quotas, strict=True)):
+        passes, places = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), size)
+        order = [shuffled(size, seed, int(p), source + 1)[places[passes == p]] for p in np.unique(passes)]
+        parts.append(sum(sizes[:source]) + np.concatenate(order))
+    return np.concatenate(parts)[shuffled(sum(quotas), seed, epoch)]
+
+
+def share_out(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Share `count` out by weights, by the largest remainder; nobody goes away empty-handed."""
+    exact = count * np.array(weights) / sum(weights)
+    shares = np.maximum(np.floor(exact).astype(int), 1)
+    while (rest := count - int(shares.sum())) != 0:
+        shares[np.argmax(exact - shares) if rest > 0 else np.argmax(shares)] += np.sign(rest)
+    return tuple(shares.tolist())
 
 
 class Gatherer:
@@ -87,7 +124,7 @@ class Gatherer:
         self.vectors = {
             key: torch.from_numpy(episodes.vectors[key]) for key in (*observations, ACTION) if key in episodes.vectors
         }
-        self.frames: Mapping[str, np.ndarray] = {
+        self.frames: Mapping[str, np.ndarray | Stacked] = {
             key: episodes.frames[key] for key in observations if key in episodes.frames
         }
         self.frames_on_device: dict[str, Tensor] = {}
@@ -95,9 +132,7 @@ class Gatherer:
         self.picture_shape = next((frames.shape[1:3] for frames in self.frames.values()), (1, 1))  # (H, W)
         if self.on_device:
             self.vectors = {key: values.to(device) for key, values in self.vectors.items()}
-            self.frames_on_device = {
-                key: torch.from_numpy(np.asarray(values)).to(device) for key, values in self.frames.items()
-            }
+            self.frames_on_device = {key: frames_to_device(values, device) for key, values in self.frames.items()}
             self.frames = {}  # the host's copy may go
 
     def with_windows(self, windows: Windows) -> Gatherer:
@@ -156,8 +191,17 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def frames_to_device(frames: np.ndarray | Stacked, device: torch.device) -> Tensor:
+    """Copy pictures to the device, without a copy of them all on the host."""
+    out = torch.empty(frames.shape, dtype=torch.uint8, device=device)
+    for first in range(0, len(frames), CHUNK):
+        rows = np.arange(first, min(first + CHUNK, len(frames)))
+        out[first : first + CHUNK] = torch.from_numpy(frames[rows]).to(device)
+    return out
+
+
 def crop_on_host(
-    frames: np.ndarray, rows: np.ndarray, corners: np.ndarray | None, shape: tuple[int, int] | None
+    frames: np.ndarray | Stacked, rows: np.ndarray, corners: np.ndarray | None, shape: tuple[int, int] | None
 ) -> np.ndarray:
     """Gather (B, To) `rows` of `frames` (F, H, W, C) as (B, To, h, w, C), each sample cropped at its corner (B, 2)."""
     if corners is None or shape is None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from getiaction.data.metadata import DatasetMetadata
+from getiaction.data.stacked import Stacked
 from getiaction.errors import InputError
 from getiaction.keys import ACTION
 
@@ -29,7 +30,7 @@ class Episodes:
         lengths: (E,) its number of frames; they are consecutive rows.
         fps: frames per second.
         vectors: key -> (F, D) float32: `action`, `observation.state`, ...
-        frames: camera key -> (F, H, W, C) uint8, possibly memory-mapped.
+        frames: camera key -> (F, H, W, C) uint8, possibly memory-mapped, possibly of several datasets.
     """
 
     indices: np.ndarray
@@ -37,7 +38,7 @@ class Episodes:
     lengths: np.ndarray
     fps: float
     vectors: Mapping[str, np.ndarray]
-    frames: Mapping[str, np.ndarray]
+    frames: Mapping[str, np.ndarray | Stacked]
 
     @property
     def num_frames(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from getiaction.data.episodes import Episodes
 from getiaction.data.mirror import Mirror
+from getiaction.data.stacked import Stacked
 from getiaction.errors import InputError
 from getiaction.random import Purpose, generator
 
@@ -50,7 +51,7 @@ def compute_statistics(
     return statistics
 
 
-def pixel_statistics(frames: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pixel_statistics(frames: np.ndarray | Stacked, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and std (C,) of the pixels of some frames, in [0, 1], by their histogram: exact, in little memory."""
     counts = np.zeros((frames.shape[-1], 256), dtype=np.int64)
     for row in rows:
@@ -62,7 +63,7 @@ def pixel_statistics(frames: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, 
 
 
 def split_episodes(
-    indices: list[int], *, val_fraction: float, val_episodes: list[int] | None, seed: int
+    indices: list[int], *, val_fraction: float, val_episodes: list[int] | None, seed: int, key: str = "dataset"
 ) -> tuple[list[int], list[int]]:
     """Hold out whole episodes for validation.
 
@@ -71,6 +72,7 @@ def split_episodes(
         val_fraction: share to hold out: rounded, at least one episode unless 0 or only one episode is there.
         val_episodes: exactly these, instead.
         seed: of the choice.
+        key: what the user calls the dataset, for messages.
 
     Returns:
         Training and validation episodes, each ascending.
@@ -81,7 +83,7 @@ def split_episodes(
     if val_episodes is not None:
         if unknown := sorted(set(val_episodes) - set(indices)):
             raise InputError(
-                f"dataset.val_episodes={unknown} are not among the chosen episodes: choose from dataset.episodes"
+                f"{key}.val_episodes={unknown} are not among the chosen episodes: choose from {key}.episodes"
             )
         held_out = set(val_episodes)
     else:
@@ -91,7 +93,6 @@ def split_episodes(
     training = sorted(set(indices) - held_out)
     if not training:
         raise InputError(
-            f"all {len(indices)} episodes are held out for validation: lower dataset.val_fraction or "
-            "dataset.val_episodes"
+            f"all {len(indices)} episodes are held out for validation: lower dataset.val_fraction or {key}.val_episodes"
         )
     return training, sorted(held_out)

@@ -81,28 +81,38 @@ class Windows:
                 f"none of the {len(counts)} episodes is longer than policy.drop_n_last_frames={drop_n_last_frames}: "
                 "lower it, or choose other dataset.episodes"
             )
-        episode = np.repeat(np.arange(len(counts)), counts)  # (M,)
-        offset = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.episode = episodes.indices[episode]  # (M,) index in the dataset
-        self.now = (episodes.starts[episode] + offset).astype(np.int64)  # (M,) row of "now"
-        self.first = episodes.starts[episode].astype(np.int64)  # (M,) first row of its episode
-        self.last = self.first + episodes.lengths[episode] - 1  # (M,) last row of its episode
+        self.indices = episodes.indices  # (E,) in the dataset
+        self.starts = episodes.starts.astype(np.int64)  # (E,) first row
+        self.lasts = self.starts + episodes.lengths - 1  # (E,) last row
+        self.ends = np.cumsum(counts)  # (E,) samples of this episode and those before it
         self.observation_deltas = np.array(observation_deltas(n_obs_steps))  # (To,)
         self.action_deltas = np.array(action_deltas(n_obs_steps, horizon))  # (T,)
 
     def __len__(self) -> int:
         """Return M, the number of samples."""
-        return len(self.now)
+        return int(self.ends[-1])
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (B,) which episode, by its place in `indices`, and (B,) which of its frames is "now"."""
+        episode = np.searchsorted(self.ends, ids, side="right")
+        return episode, ids - np.where(episode > 0, self.ends[episode - 1], 0)
+
+    def count(self, first: int, stop: int) -> int:
+        """Return how many samples are of the episodes with indices in [first, stop)."""
+        counts = np.diff(self.ends, prepend=0)
+        return int(counts[(self.indices >= first) & (self.indices < stop)].sum())
 
     def observation_rows(self, ids: np.ndarray) -> np.ndarray:
         """Return (B, To) rows of the observations of samples `ids` (B,)."""
-        return self._clamp(ids, self.now[ids, None] + self.observation_deltas)
+        return self._rows(ids, self.observation_deltas)[0]
 
     def action_rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (B, T) rows of the actions, and (B, T) which of them are padding."""
-        wanted = self.now[ids, None] + self.action_deltas
-        rows = self._clamp(ids, wanted)
-        return rows, rows != wanted
+        return self._rows(ids, self.action_deltas)
 
-    def _clamp(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return np.clip(rows, self.first[ids, None], self.last[ids, None])
+    def _rows(self, ids: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows at `deltas` from now, those outside an episode taken from its edge, and which those are."""
+        episode, frame = self.locate(ids)
+        wanted = (self.starts[episode] + frame)[:, None] + deltas
+        rows = np.clip(wanted, self.starts[episode, None], self.lasts[episode, None])
+        return rows, rows != wanted

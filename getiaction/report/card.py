@@ -123,7 +123,7 @@ def say_training(made: dict[str, Any]) -> str:
     command = shlex.join(["python", "-m", "getiaction.train", *run["command"][1:]])
     rows = {
         "preset": config["name"],
-        "data": dataset["repo_id"] + ("" if dataset["episodes"] is None else f", {len(dataset['episodes'])} episodes"),
+        "data": "; ".join(map(say_source, sources_of(dataset))),
         "length": f"{length} of {batch} samples, seed {config['seed']}",
         "started from": training.get("init_from") or "drawn weights",
         "hardware": f"{run['device']}, precision {run.get('mixed_precision', 'no')}",
@@ -131,6 +131,23 @@ def say_training(made: dict[str, Any]) -> str:
     }
     table = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *table, "", "```bash", command, "```"])
+
+
+def sources_of(dataset: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the datasets of a run's config: one, or several."""
+    entries = dataset.get("sources") or [dataset]  # a run of before there were several has no such key
+    return [entry if isinstance(entry, dict) else {"repo_id": entry} for entry in entries]
+
+
+def say_source(source: dict[str, Any]) -> str:
+    """Return what a run took of one dataset; of a folder only its name."""
+    name = source.get("repo_id") or Path(source["root"]).name
+    episodes, weight = source.get("episodes"), source.get("weight")
+    return (
+        name
+        + ("" if episodes is None else f", {len(episodes)} episodes")
+        + ("" if weight is None else f", weight {weight:g}")
+    )
 
 
 def write_card(
@@ -163,7 +180,9 @@ def write_card(
         library_name="getiaction" if reasons else "lerobot",
         pipeline_tag="robotics",
         tags=["robotics", "diffusion-policy", "getiaction", *([] if reasons else ["lerobot"])],
-        datasets=[made["config"]["dataset"]["repo_id"]] if made else None,
+        datasets=list(filter(None, (source.get("repo_id") for source in sources_of(made["config"]["dataset"]))))
+        if made
+        else None,
     )
     features = described["features"]
     seen = [key for key in ("state_dim", "env_state_dim") if features[key] is not None]

@@ -186,8 +186,7 @@ class Trainer:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
         ids, kept = self.batches.ids(step)[:64], self.store.steps()
         windows = self.batches.gatherer.windows
-        places = zip(windows.episode[ids], windows.now[ids] - windows.first[ids], strict=True)
-        frames = [f"{episode}:{frame}" for episode, frame in places]
+        frames = [f"{windows.indices[episode]}:{frame}" for episode, frame in zip(*windows.locate(ids), strict=True)]
         lower = self.optimizer.param_groups[0].get("initial_lr", 1e-4) / 3
         saved = f"The last good checkpoint is step {kept[-1]}." if kept else "No checkpoint was saved yet."
         return (

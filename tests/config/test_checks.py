@@ -15,7 +15,7 @@ from getiaction.config.checks import check_config
 from getiaction.config.compose import compose
 from getiaction.config.dataset_checks import check_dataset
 from getiaction.config.run import memory_advice
-from getiaction.data.metadata import find_dataset
+from getiaction.config.sources import find_data
 from getiaction.errors import InputError
 from getiaction.policy.encoder import load_resnet
 
@@ -147,9 +147,9 @@ DATASET_ERRORS = [
     ("overrides", "message"), DATASET_ERRORS, ids=lambda value: value[0] if isinstance(value, list) else ""
 )
 def test_what_the_dataset_cannot_give_is_an_error(overrides: list[str], message: str, pusht_root: Path) -> None:
-    metadata = find_dataset("lerobot/pusht", str(pusht_root))
+    config = compose([f"dataset.root={pusht_root}", *overrides])
     with pytest.raises(InputError) as raised:
-        check_dataset(compose(overrides), metadata)
+        check_dataset(config, find_data(config))
     assert message in str(raised.value)
 
 
@@ -158,33 +158,35 @@ def test_a_crop_of_under_half_of_the_recorded_picture_is_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        check_dataset(compose(["backbone.crop_shape=[32,32]"]), find_dataset("lerobot/pusht", str(pusht_root)))
+        config = compose(["backbone.crop_shape=[32,32]", f"dataset.root={pusht_root}"])
+        check_dataset(config, find_data(config))
     assert "shows 11% of the recorded picture=[96, 96]" in caplog.text
 
 
 def test_states_alone_need_no_camera(pusht_keypoints_root: Path) -> None:
-    metadata = find_dataset("lerobot/pusht_keypoints", str(pusht_keypoints_root))
-    check_dataset(compose(["backbone=none", "dataset=pusht_keypoints"]), metadata)
+    config = compose(["backbone=none", "dataset=pusht_keypoints", f"dataset.root={pusht_keypoints_root}"])
+    check_dataset(config, find_data(config))
     with pytest.raises(InputError, match="use backbone=none"):
-        check_dataset(compose(["dataset=pusht_keypoints"]), metadata)
+        check_dataset(compose(["dataset=pusht_keypoints"]), find_data(config))
 
 
 # --- mirror -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_mirror_must_know_every_feature_that_is_used(make_dataset, tmp_path) -> None:
-    metadata = find_dataset("toy", str(make_dataset(cameras=("observation.images.top",))))
-    config = compose(["+preset=pusht_basic", "mirror=pusht", "backbone.crop_shape=null"])
+    root = f"dataset.root={make_dataset(cameras=('observation.images.top',))}"
+    config = compose(["+preset=pusht_basic", "mirror=pusht", "backbone.crop_shape=null", root])
     with pytest.raises(InputError, match=r"mirror says nothing of observation\.images\.top, which the policy uses"):
-        check_dataset(config, metadata)
+        check_dataset(config, find_data(config))
     states = compose(["+preset=pusht_keypoints", "mirror=pusht"])
     with pytest.raises(InputError, match=r"order has 2 places, the dataset's observation\.state has 3: this mirror is"):
-        check_dataset(states, metadata)
+        check_dataset(states, find_data(config))
 
 
 def test_pictures_whose_rows_become_columns_must_be_square() -> None:
-    metadata = find_dataset("demo", str(compose(["dataset=pusht_demo"]).dataset.root))
-    check_dataset(compose(["+preset=pusht_basic", "mirror=pusht"]), metadata)
-    config = compose(["+preset=pusht_basic", "mirror=pusht", "backbone.crop_shape=[84,76]"])
+    config = compose(["+preset=pusht_basic", "dataset=pusht_demo", "mirror=pusht"])
+    mixture = find_data(config)
+    check_dataset(config, mixture)
+    config.backbone["crop_shape"] = [84, 76]
     with pytest.raises(InputError, match="transpose needs square pictures, the policy sees 84x76"):
-        check_dataset(config, metadata)
+        check_dataset(config, mixture)

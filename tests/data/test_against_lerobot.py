@@ -21,8 +21,8 @@ PUSHT_EPISODES = [0, 3, 4, 57, 205]  # neighbours, gaps, the first and the last
 
 def spread(windows: Windows, count: int) -> list[int]:
     """Choose samples at the starts, ends and middles of episodes, and `count` at random."""
-    starts = np.flatnonzero(windows.now == windows.first)
-    ends = np.flatnonzero(windows.now == windows.last)
+    ends = windows.ends - 1
+    starts = np.array([0, *windows.ends[:-1]])
     special = [starts, starts + 1, (starts + ends) // 2, ends - HORIZON + N_OBS_STEPS, ends - 7, ends - 1, ends]
     drawn = np.random.default_rng(0).choice(len(windows), count, replace=False)
     chosen = np.unique(np.concatenate([*special, drawn]))
@@ -113,8 +113,8 @@ def test_sample_anchors_are_lerobots(pusht_root: Path, drop: int, chosen: list[i
     table = LeRobotDatasetMetadata("lerobot/pusht", root=pusht_root).episodes
     starts = np.array(table["dataset_from_index"])
     sampler = EpisodeAwareSampler(starts, table["dataset_to_index"], chosen, drop_n_last_frames=drop)
-    owner = np.searchsorted(episodes.starts, windows.now, side="right") - 1
-    anchors = starts[episodes.indices[owner]] + windows.now - episodes.starts[owner]
+    owner, frames = windows.locate(np.arange(len(windows)))
+    anchors = starts[episodes.indices[owner]] + frames
     assert anchors.tolist() == sampler.indices
 
 

@@ -22,7 +22,7 @@ from getiaction.config import run
 from getiaction.config.compose import compose
 from getiaction.config.resume import resumed_config
 from getiaction.config.schema import Config
-from getiaction.data.metadata import find_dataset
+from getiaction.config.sources import find_data
 from getiaction.train import train
 from getiaction.training.loop import Trainer
 from getiaction.training.metrics import read_metrics
@@ -75,8 +75,7 @@ class TinyRun:
         """Build a trainer without running it."""
         config = self.config(*more)
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = find_dataset(config.dataset.repo_id, config.dataset.root, None)
-        return run.build_trainer(config, metadata, run.start_accelerator(config, folder), folder)
+        return run.build_trainer(config, find_data(config), run.start_accelerator(config, folder), folder)
 
     def resume(self, folder: Path, *more: str) -> dict[str, float]:
         """Resume in this process, as the command does."""
