@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from getiaction.data.episodes import Episodes
+from getiaction.data.mapped import expect_random, let_go, read_ahead
 from getiaction.data.mirror import Mirror
 from getiaction.data.stacked import Stacked
 from getiaction.data.windows import Windows
@@ -26,6 +27,7 @@ Batch = dict[str, Tensor]
 FITS = 0.5  # share of the free memory that resident data may take
 CPU = torch.device("cpu")
 CHUNK = 1024  # pictures copied to the device at a time
+READ_AHEAD = 2  # batches whose pictures the disk reads before they are gathered
 PREFETCH = 2  # batches gathered ahead when data stay on the host
 
 
@@ -121,6 +123,7 @@ class Gatherer:
     ) -> None:
         self.windows, self.device, self.crop_shape, self.mirror = windows, device, crop_shape, mirror
         self.on_device = resident and device.type != "cpu"
+        self.mapped = not resident
         self.vectors = {
             key: torch.from_numpy(episodes.vectors[key]) for key in (*observations, ACTION) if key in episodes.vectors
         }
@@ -134,6 +137,9 @@ class Gatherer:
             self.vectors = {key: values.to(device) for key, values in self.vectors.items()}
             self.frames_on_device = {key: frames_to_device(values, device) for key, values in self.frames.items()}
             self.frames = {}  # the host's copy may go
+        if self.mapped:
+            for frames in self.frames.values():
+                expect_random(frames)
 
     def with_windows(self, windows: Windows) -> Gatherer:
         """Return a gatherer of other windows over the same arrays; nothing is copied."""
@@ -148,6 +154,12 @@ class Gatherer:
             return 1, 1
         height, width = self.picture_shape
         return height - self.crop_shape[0] + 1, width - self.crop_shape[1] + 1
+
+    def read_ahead(self, ids: np.ndarray) -> None:
+        """Start reading the pictures of samples `ids` (B,) that will be gathered soon."""
+        rows = self.windows.observation_rows(ids)
+        for frames in self.frames.values():
+            read_ahead(frames, rows)
 
     def gather(self, ids: np.ndarray, corners: np.ndarray | None = None, mirrored: np.ndarray | None = None) -> Batch:
         """Return the batch of samples `ids` (B,).
@@ -178,6 +190,9 @@ class Gatherer:
             else:
                 pixels = torch.from_numpy(crop_on_host(self.frames[camera], observation_rows, corner, self.crop_shape))
             batch[camera] = pixels
+        if self.mapped:
+            for pictures in self.frames.values():
+                let_go(pictures)
         moved = {key: to_device(value, self.device) for key, value in batch.items()}
         if mirrored is not None and self.mirror is not None:
             moved = self.mirror.apply(moved, to_device(torch.from_numpy(mirrored), self.device))
@@ -310,8 +325,18 @@ class TrainingBatches:
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if the data stay on the host."""
-        steps = (self.step(step) for step in range(start, stop))
-        return prefetched(steps, PREFETCH, self.gatherer.device) if self.prefetch else steps
+        if not self.prefetch:
+            return (self.step(step) for step in range(start, stop))
+        return prefetched(self._read_ahead(start, stop), PREFETCH, self.gatherer.device)
+
+    def _read_ahead(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yield `step(s)` for s in [start, stop), while the disk is already busy with the steps after it."""
+        for step in range(start, stop):
+            for later in range(step, stop)[READ_AHEAD if step > start else 0 : READ_AHEAD + 1]:
+                ids = self.order.ids(later)
+                for part in self.share.slices():
+                    self.gatherer.read_ahead(ids[part])
+            yield self.step(step)
 
 
 def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = CPU) -> Iterator[list[Batch]]:

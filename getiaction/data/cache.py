@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +131,31 @@ def build_cache(
                 decode_camera(metadata, episodes, camera, out, progress=bar.update)
                 out.flush()
         save_file(dict(source.vectors), temporary / VECTORS)
-        content = {
-            "format": FORMAT,
-            "repo_id": metadata.repo_id,
-            "frames": shapes,
-            "checksums": {
-                file.name: list(map(xxhash.xxh3_64_hexdigest, read_blocks(file))) for file in temporary.iterdir()
-            },
-            "info": metadata.info,
-            "episodes": [{key: row[key] for key in ("episode_index", "length")} for row in metadata.rows_of(episodes)],
-        }
-        (temporary / CACHE_FILE).write_text(json.dumps(content, indent=1))
+        rows = [{key: row[key] for key in ("episode_index", "length")} for row in metadata.rows_of(episodes)]
+        describe(temporary, repo_id=metadata.repo_id, info=metadata.info, rows=rows, shapes=shapes)
         publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe(
+    folder: Path,
+    *,
+    repo_id: str,
+    info: dict[str, Any],
+    rows: list[dict[str, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Write `cache.json`, which makes a cache of a folder that holds vectors and pictures.
+
+    Args:
+        info: `meta/info.json` of the dataset.
+        rows: `episode_index` and `length` of each episode, in the order in which they lie.
+        shapes: camera key -> (F, H, W, C) of `<camera>.frames`.
+    """
+    checksums = {file.name: list(map(xxhash.xxh3_64_hexdigest, read_blocks(file))) for file in folder.iterdir()}
+    content = {"format": FORMAT, "repo_id": repo_id, "frames": shapes, "checksums": checksums}
+    (folder / CACHE_FILE).write_text(json.dumps({**content, "info": info, "episodes": rows}, indent=1))
 
 
 def make_room(folder: Path, need: int) -> Path:
@@ -222,7 +233,7 @@ def open_cache(path: Path, cameras: list[str], resize: Size | None) -> Episodes:
         for name in (*(f"{camera}.frames" for camera in cameras), VECTORS):
             verify(path / name, content["checksums"][name])
         frames = {
-            camera: np.memmap(path / f"{camera}.frames", dtype=np.uint8, mode="c", shape=shape)
+            camera: np.memmap(path / f"{camera}.frames", dtype=np.uint8, mode="r", shape=shape)
             for camera, shape in shapes.items()
         }
         indices, lengths = (
