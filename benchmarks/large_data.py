@@ -1,9 +1,10 @@
 """Train on data larger than memory: `python -m benchmarks.large_data --root ../shared/data/pusht --folder /some/disk`.
 
 Makes 100 copies of PushT at 64x64, each a little different (31 GB, as a frame cache; `--copies` makes fewer), and
-trains on them memory-mapped and on PushT itself held in memory, turn by turn, as users run it. Reported: the ratio of
-the rates, the memory that each run held (anonymous: what cannot be given back; file: the cache's pages, which can), and
-how fast the data path alone makes batches, from a disk of which nothing is cached.
+trains one network on them memory-mapped and on PushT itself held in memory, a few steps each, turn by turn in one
+process. Reported: the ratio of the rates with its interval over the turns, what is read from the disk being read for
+the first time; the memory that a run as users start it held (anonymous: what cannot be given back; file: the cache's
+pages, which can); and how fast the data path alone makes batches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ import torch
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
+from getiaction.config.run import build_trainer, start_accelerator
+from getiaction.config.sources import find_data
 from getiaction.data import cache
 from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches
 from getiaction.data.episodes import Episodes
@@ -75,27 +79,56 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_training(root: Path, placement: str, preset: str, steps: int) -> dict[str, Any]:
-    """Train as users do; return the median rate, the share of waiting, and the memory held at each tenth."""
+def overrides(root: Path, placement: str, preset: str, steps: int, folder: Path) -> list[str]:
+    """Return what trains a preset on all of `root`, and does nothing else."""
+    return [
+        *(f"+preset={preset}", f"dataset.root={root}", "dataset.episodes=null", f"output_dir={folder}"),
+        *(f"hardware.data_placement={placement}", f"training.max_steps={steps}", "training.max_epochs=null"),
+        *("training.log_every=1", "training.save_every=null", "evaluation.every=null"),
+        *("evaluation.final_episodes=null", "validation.every=null", "validation.max_samples=8"),
+        *("validation.max_sampled=0", "lr_scheduler.num_warmup_steps=0"),
+    ]
+
+
+def measure_turns(small: Path, large: Path, preset: str, steps: int, turns: int) -> dict[str, Any]:
+    """Train one network on both, `steps` at a time; return the seconds of each turn and the ratio of the rates."""
+    seconds: dict[str, list[float]] = {"resident": [], "mapped": []}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}"]
-        command += [f"hardware.data_placement={placement}", f"training.max_steps={steps}", "training.log_every=1"]
-        command += ["training.max_epochs=null", "training.save_every=null", "validation.every=null"]
-        command += ["dataset.episodes=null", "validation.max_samples=8", "validation.max_sampled=0"]
-        command += ["evaluation.every=null", "evaluation.final_episodes=null", f"output_dir={folder}/run"]
+        streams = {}
+        for name, root, placement in (("resident", small, "device"), ("mapped", large, "host")):
+            config = compose(overrides(root, placement, preset, 10**6, Path(folder)))
+            trainer = build_trainer(config, find_data(config), start_accelerator(config, Path(folder)), Path(folder))
+            streams[name] = trainer.batches.iterate(0, 10**6)
+        for turn in range(turns + 1):
+            for name in ("resident", "mapped") if turn % 2 else ("mapped", "resident"):
+                forget(large)
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    trainer._optimise(next(streams[name]))
+                seconds[name].append(time.perf_counter() - begin)
+        samples = steps * trainer.batches.share.global_batch_size
+    resident, mapped = (np.array(values[1:]) for values in seconds.values())  # the first turn is for warming up
+    draws = np.random.default_rng(0).integers(turns, size=(10_000, turns))
+    ratios = np.median(resident[draws], axis=1) / np.median(mapped[draws], axis=1)
+    return {
+        "preset": preset,
+        "seconds": {name: [round(value, 3) for value in values[1:]] for name, values in seconds.items()},
+        "samples_per_s": {name: samples / statistics.median(values[1:]) for name, values in seconds.items()},
+        "ratio": float(np.median(resident) / np.median(mapped)),
+        "ratio_interval": np.quantile(ratios, [0.025, 0.975]).tolist(),
+    }
+
+
+def measure_memory(large: Path, preset: str, steps: int) -> list[dict[str, float]]:
+    """Train on the large data as users do; return the memory that the process held, each two seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "getiaction.train", *overrides(large, "host", preset, steps, run)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        memory = watch_memory(process, Path(folder) / "run" / "metrics.jsonl")
+        memory = watch_memory(process, run / "metrics.jsonl")
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}\n{process.stderr.read() if process.stderr else ''}")
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    warm = [line for line in lines if "samples_per_s" in line][steps // 4 :]
-    return {
-        "command": command[1:],
-        "placement": placement,
-        "samples_per_s": statistics.median(line["samples_per_s"] for line in warm),
-        "data_wait": statistics.mean(line["data_wait"] for line in warm),
-        "memory": memory,
-    }
+    return memory
 
 
 def watch_memory(process: subprocess.Popen[str], metrics: Path) -> list[dict[str, float]]:
@@ -136,9 +169,10 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="a LeRobotDataset of PushT")
     parser.add_argument("--folder", type=Path, required=True, help="where the large data lie, or shall lie")
     parser.add_argument("--copies", type=int, default=100)
-    parser.add_argument("--presets", nargs="*", default=["pusht_fast"])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--presets", nargs="*", default=["pusht_fast", "pusht_cpu"])
+    parser.add_argument("--steps", type=int, default=3, help="of each turn")
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--memory-steps", type=int, default=60, help="of the run whose memory is watched")
     arguments = parser.parse_args()
     large = arguments.folder / f"pusht_x{arguments.copies}"
     if not large.exists():
@@ -147,20 +181,18 @@ def main() -> None:
     small = load_pusht(arguments.root).in_memory()
     big = cache.load_episodes(metadata, metadata.episode_indices, [CAMERA], resize=SIZE)
     alone: dict[str, list[float]] = {"resident": [], "mapped, nothing cached": [], "mapped": []}
-    for seed in range(arguments.rounds):
+    for seed in range(3):
         alone["resident"].append(measure_batches(small, True, 400, seed))
         forget(large)
         alone["mapped, nothing cached"].append(measure_batches(big, False, 400, seed))
         alone["mapped"].append(measure_batches(big, False, 400, seed))
     print(alone)
-    results = []
+    training = []
     for preset in arguments.presets:
-        for _ in range(arguments.rounds):
-            forget(large)
-            for root, placement in ((arguments.root.resolve(), "device"), (large, "host")):
-                measured = measure_training(root, placement, preset, arguments.steps)
-                results.append({"preset": preset, **measured})
-                print({key: value for key, value in measured.items() if key not in ("command", "memory")}, flush=True)
+        training.append(measure_turns(arguments.root.resolve(), large, preset, arguments.steps, arguments.turns))
+        print(f"{preset}: mapped / resident = {training[-1]['ratio']:.3f} {training[-1]['ratio_interval']}", flush=True)
+    memory = measure_memory(large, arguments.presets[-1], arguments.memory_steps)
+    print("memory, GB: first", memory[0], "last", memory[-1])
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"large_data-{datetime.now(UTC):%Y-%m-%d}.json"
     result = {
@@ -170,15 +202,10 @@ def main() -> None:
         "memory_bytes": psutil.virtual_memory().total,
         **describe_machine(torch.device("cpu")),
         "batches_alone_samples_per_s": alone,
-        "training": results,
+        "training": training,
+        "memory": memory,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
-    for preset in arguments.presets:
-        resident, mapped = (
-            statistics.median(r["samples_per_s"] for r in results if (r["preset"], r["placement"]) == (preset, place))
-            for place in ("device", "host")
-        )
-        print(f"{preset}: {mapped:.1f} / {resident:.1f} samples/s mapped / resident = {mapped / resident:.3f}")
     print(f"written to {path}")
 
 

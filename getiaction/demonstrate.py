@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from getiaction.config.compose import main as hydra_main
+from getiaction.config.overrides import command_for
 from getiaction.config.schema import DemonstrateConfig
 from getiaction.errors import InputError, TrainingError
 from getiaction.files import claimed
@@ -118,12 +119,8 @@ def run_hydra_job(config: DemonstrateConfig) -> None:
         with claimed(folder):
             demonstrate(config, folder)
     except KeyboardInterrupt:
-        again = " ".join(argument for argument in sys.argv[1:] if not argument.startswith("output_dir="))
-        log.info(
-            "stopped; finished episodes stay. To go on: python -m getiaction.demonstrate %s output_dir=%s",
-            again,
-            folder,
-        )
+        again = command_for("demonstrate", sys.argv[1:], folder)
+        log.info("stopped; finished episodes stay. To go on: %s", again)
         sys.exit(130)
 
 

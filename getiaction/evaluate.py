@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from getiaction.config.compose import main as hydra_main
+from getiaction.config.overrides import command_for
 from getiaction.config.schema import EvaluateConfig
 from getiaction.simulation.metrics import Summary
 
@@ -78,8 +79,7 @@ def run_hydra_job(config: EvaluateConfig) -> float:
     try:
         return evaluate(config, folder).score.mean
     except KeyboardInterrupt:
-        again = " ".join(argument for argument in sys.argv[1:] if not argument.startswith("output_dir="))
-        log.info("stopped; what ended is kept. To go on: python -m getiaction.evaluate %s output_dir=%s", again, folder)
+        log.info("stopped; what ended is kept. To go on: %s", command_for("evaluate", sys.argv[1:], folder))
         sys.exit(130)
 
 

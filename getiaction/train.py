@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from getiaction.config.compose import main as hydra_main
+from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import TrainingError
 
@@ -61,7 +62,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
             raise
         raise TrainingError(
             f"no room to write to {folder} ({error}); what was saved stays. Make room, then go on: "
-            f"training.resume={folder}"
+            f"{as_override('training.resume', str(folder))}"
         ) from error
     finally:
         accelerator.end_training()  # trackers write what they hold
@@ -94,7 +95,7 @@ def run_hydra_job(config: Config) -> float | None:
         else:
             metrics = train(config, folder)
     except SystemExit as stopped:
-        log.info("stopped; to go on: python -m getiaction.train training.resume=%s", folder)
+        log.info("stopped; to go on: python -m getiaction.train %s", as_override("training.resume", str(folder)))
         requeue(int(stopped.code or 0) - 128)
         raise
     return metrics.get(config.sweep_metric, metrics.get("loss"))

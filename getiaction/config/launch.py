@@ -17,6 +17,7 @@ from types import FrameType
 import psutil
 from hydra.core.hydra_config import HydraConfig
 
+from getiaction.config.overrides import quote
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.errors import TrainingError
@@ -52,7 +53,7 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={hardware.num_processes}"),
         *meeting(hardware),
-        *("-m", "getiaction.train", *overrides, f"output_dir='{folder}'"),
+        *("-m", "getiaction.train", *overrides, f"output_dir={quote(str(folder))}"),
     ]
     elsewhere = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes > 1 else ""
     log.info("starting %d processes%s", hardware.num_processes, elsewhere)

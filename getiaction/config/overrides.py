@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,6 +29,12 @@ def quote(value: Any) -> str:
 def is_word(value: str) -> bool:
     """Tell whether a text without quotes stays a text: null, true and nan do not."""
     return isinstance(OmegaConf.from_dotlist([f"value={value}"])["value"], str)
+
+
+def command_for(module: str, arguments: list[str], folder: Path) -> str:
+    """Return the command that goes on in `folder`, for a shell: what was typed, and where it landed."""
+    typed = [argument for argument in arguments if not argument.startswith("output_dir=")]
+    return f"{shlex.join(['python', '-m', f'getiaction.{module}', *typed])} {as_override('output_dir', str(folder))}"
 
 
 def as_override(key: str, value: Any) -> str:

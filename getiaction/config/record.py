@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from hydra.core.hydra_config import HydraConfig
 
+from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
 from getiaction.files import replace_text
@@ -45,7 +46,7 @@ def check_folder(config: Config, folder: Path) -> None:
     if not config.resumes and any(folder.glob("checkpoints/[0-9]*")):
         raise InputError(
             f"output_dir={folder} already holds a run, which a new one would overwrite: go on with it by "
-            f"training.resume={folder}, or give another output_dir"
+            f"{as_override('training.resume', str(folder))}, or give another output_dir"
         )
 
 

@@ -194,8 +194,9 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
     except Exception as error:  # requests, huggingface_hub and LeRobot each raise their own
         if cached is not None:
             return read_metadata(cached, repo_id, revision or CODEBASE_VERSION)
+        asked = f"dataset.repo_id={repo_id}" + (f" with dataset.revision={revision}" if revision else "")
         raise InputError(
-            f"dataset.repo_id={repo_id} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
+            f"{asked} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local "
             "folder with dataset.root=<folder>, or take the demonstrations in the box: dataset=pusht_demo, or for "
             "keypoints dataset=pusht_demo_keypoints"

@@ -294,7 +294,7 @@ def check_resumable(state: TrainingState, share: Share, data: str) -> None:
     if data != state.data:
         raise InputError(
             "training.resume: the episodes are not those that the run was trained on (their number, lengths or actions "
-            "differ): give the same data with dataset.root=, or start a new run"
+            "differ): give the same data with dataset.root= or dataset.sources=, or start a new run"
         )
 
 
