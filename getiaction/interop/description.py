@@ -6,10 +6,14 @@ from functools import partial
 from typing import Any
 
 import diffusers
+import torch
 
 from getiaction.errors import InputError
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, ImageEncoder, Normalizer
 from getiaction.policy.normalizer import Statistics
+
+LARGEST = 1 << 16
+"""Steps of time and pixels of a side that no weights answer for: more would only fill the memory."""
 
 
 def describe(policy: DiffusionPolicy) -> dict[str, Any]:
@@ -61,8 +65,15 @@ def json_only(config: Any) -> dict[str, Any]:
     return {key: value for key, value in dict(config).items() if isinstance(value, plain) and not key.startswith("_")}
 
 
-def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
-    """Build a policy from `describe`'s answer. Classes come from this package and diffusers' schedulers only."""
+def build(described: dict[str, Any], statistics: Statistics, device: str = "cpu") -> DiffusionPolicy:
+    """Build a policy from `describe`'s answer. Classes come from this package and diffusers' schedulers only.
+
+    Args:
+        device: where its weights lie; "meta" takes no memory for them.
+
+    Raises:
+        InputError: it names no scheduler of diffusers', or times that cannot be.
+    """
     name = described["scheduler"]["class"]
     scheduler_class: Any = getattr(diffusers, name, None)
     bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
@@ -74,14 +85,17 @@ def build(described: dict[str, Any], statistics: Statistics) -> DiffusionPolicy:
     features["cameras"] = {key: tuple(shape) for key, shape in features["cameras"].items()}
     encoder = described["encoder"]
     check_times(described)
-    return DiffusionPolicy(
-        Features(**features),
-        normalizer=Normalizer(statistics, described["normalization"]),
-        noise_scheduler=scheduler_class.from_config(described["scheduler"]["config"]),  # type: ignore[attr-defined]
-        encoder=partial(ImageEncoder, **encoder) if encoder else None,
-        unet=partial(ConditionalUnet1d, **described["unet"]),
-        **described["policy"],
-    )
+    normalizer = Normalizer(statistics, described["normalization"])
+    scheduler = scheduler_class.from_config(described["scheduler"]["config"])  # type: ignore[attr-defined]
+    with torch.device(device):
+        return DiffusionPolicy(
+            Features(**features),
+            normalizer=normalizer,
+            noise_scheduler=scheduler,
+            encoder=partial(ImageEncoder, **encoder) if encoder else None,
+            unet=partial(ConditionalUnet1d, **described["unet"]),
+            **described["policy"],
+        )
 
 
 def check_times(described: dict[str, Any]) -> None:
@@ -91,6 +105,9 @@ def check_times(described: dict[str, Any]) -> None:
         InputError: the horizon does not fit the U-Net, or the executed actions do not fit the horizon.
     """
     times, factor = described["policy"], 2 ** (len(described["unet"]["down_dims"]) - 1)
+    steps, sides = described["scheduler"]["config"].get("num_train_timesteps", 1), described["features"]["cameras"]
+    if max(times["horizon"], steps, *(side for shape in sides.values() for side in shape)) > LARGEST:
+        raise InputError(f"the policy's times and pictures must be at most {LARGEST}, or they would fill the memory")
     horizon, longest = times["horizon"], times["horizon"] - times["n_obs_steps"] + 1
     if horizon % factor:
         raise InputError(f"the policy's horizon={horizon} must be divisible by {factor}, the halvings of its U-Net")

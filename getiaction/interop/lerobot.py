@@ -78,8 +78,9 @@ def load_policy(source: str | Path, *, device: str | torch.device = "cpu") -> Di
     folder = find_policy_folder(source)
     described, statistics, weights = read_policy(folder)
     with naming(folder):
+        check_weights(build(described, statistics, device="meta"), weights, folder / WEIGHTS)
         policy = build(described, statistics)
-    load_weights(policy, weights, folder / WEIGHTS)
+    policy.load_state_dict(weights)
     with naming(folder):
         if (folder / EXTRA).exists():
             warn_of_edits(folder, policy)
