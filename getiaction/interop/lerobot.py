@@ -92,8 +92,10 @@ def naming(folder: Path) -> Iterator[None]:
     """Turn what the files of a damaged or foreign folder lead to into an error that names it."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(folder) in str(error):
+            raise
+        raise InputError(f"{folder}: {error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{folder} is damaged, or no policy that this version knows: {said}") from error
