@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,29 @@ def test_a_dataset_comes_from_the_hub_and_then_from_the_cache(
         done = run(*train, f"output_dir={name}", HF_HUB_OFFLINE=offline)
         assert done.returncode == 0, done.stderr
         assert (len(hub.asked) > asked) == (offline == "0")
+
+
+def test_a_revision_that_is_given_is_the_one_that_is_fetched(
+    keypoints_run: Path, run: Run, hub: Any, tiny_data: Path
+) -> None:
+    hub.add("models/me/policy", keypoints_run / "checkpoints/last/pretrained_model")
+    hub.add("datasets/me/data", tiny_data)
+    train = [
+        "train",
+        "backbone=none",
+        "unet.down_dims=[16,32]",
+        "training.max_steps=1",
+        "lr_scheduler.num_warmup_steps=0",
+    ]
+    train += ["env=none", "hardware=cpu", "dataset.repo_id=me/data", "dataset.revision=branch", "output_dir=run"]
+    for command in (["import", "me/policy@older"], train):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    described = [line for line in hub.asked if "/revision/" in line]
+    assert {line.rsplit("/", 1)[1] for line in described if "models/" in line} == {"older"}
+    assert {line.rsplit("/", 1)[1] for line in described if "datasets/" in line} == {"branch"}
+    resolved = {re.search(r"/resolve/([^/]+)/", line)[1] for line in hub.asked if "/resolve/" in line}  # type: ignore[index]
+    assert resolved <= {stand_in.SHA, "older", "branch"}
 
 
 @pytest.fixture(scope="session")
