@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from getiaction.config import run
 from getiaction.config.compose import compose
+from getiaction.config.overrides import quote
 from getiaction.config.resume import resumed_config
 from getiaction.config.schema import Config
 from getiaction.config.sources import find_data
@@ -65,7 +66,7 @@ class TinyRun:
     def train(self, folder: Path, *more: str) -> dict[str, float]:
         """Train in this process, as the command does: with config, report and trackers."""
         folder.mkdir(parents=True, exist_ok=True)
-        return train(self.config(f"output_dir='{folder}'", *more), folder)
+        return train(self.config(f"output_dir={quote(str(folder))}", *more), folder)
 
     def fit(self, folder: Path, *more: str) -> dict[str, float]:
         """Train in this process and leave only checkpoints and metrics."""
@@ -82,12 +83,12 @@ class TinyRun:
         return train(self.resumed_config(folder, *more), folder)
 
     def resumed_config(self, folder: Path, *more: str) -> Config:
-        overrides = [f"training.resume='{folder}'", *more]
+        overrides = [f"training.resume={quote(str(folder))}", *more]
         return resumed_config(compose(overrides), overrides, folder)
 
     def start(self, folder: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """Train in a process of its own, which writes what it says to `<folder>.log`."""
-        return self.start_command(folder, *self.overrides(f"output_dir='{folder}'", *more), launcher=launcher)
+        return self.start_command(folder, *self.overrides(f"output_dir={quote(str(folder))}", *more), launcher=launcher)
 
     def start_command(self, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """Run `python -m getiaction.train` with these overrides, in a session of its own beside `folder`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -34,13 +33,11 @@ def _end_jobs(tmp_path: Path) -> Iterator[None]:
 @needs("hydra_submitit_launcher")
 def test_jobs_of_submitit_come_back_from_the_queue(tiny: Any, helpers: Any, tmp_path: Path) -> None:
     length = ("training.max_steps=1500", "training.save_every=null", "training.log_every=2", "hardware.num_threads=1")
-    command = ("-m", "hydra/launcher=submitit_local", *tiny.overrides(*length), "seed=0")
+    patience = '+hydra.launcher.setup=["sleep 2"]'  # submitit 1.5 starts a job before it makes the folder it writes to
+    command = ("-m", "hydra/launcher=submitit_local", patience, *tiny.overrides(*length), "seed=0")
     runs = tmp_path / "outputs/pusht_cpu"
-    for _ in range(3):  # submitit 1.5 starts a job before it makes the folder that the job writes to
-        process = tiny.start_command(tmp_path / "sweep", *command)
-        with contextlib.suppress(AssertionError):
-            helpers.wait_until(lambda: any(map(helpers.losses, runs.glob("*/0"))), process, tmp_path / "sweep")
-            break
+    process = tiny.start_command(tmp_path / "sweep", *command)
+    helpers.wait_until(lambda: any(map(helpers.losses, runs.glob("*/0"))), process, tmp_path / "sweep")
     (folder,) = runs.iterdir()
     started = [child for child in psutil.Process(process.pid).children(recursive=True) if child.status() != "zombie"]
     (job,) = [
