@@ -142,6 +142,8 @@ def watch_memory(process: subprocess.Popen[str], metrics: Path) -> list[dict[str
             held = psutil.Process(process.pid).memory_full_info()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             break
+        if not held.rss:  # it has ended, and nobody has waited for it yet
+            break
         memory.append({"anonymous_gb": (held.rss - held.shared) / 1e9, "file_gb": held.shared / 1e9})
     process.wait()
     return memory

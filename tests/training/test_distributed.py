@@ -70,7 +70,14 @@ MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes
 )
 
 
-def test_pusht_multigpu_on_four_processes_equals_one_and_goes_on_with_fewer(
+SPLITS = (  # of a global batch of 16, gone on with
+    (1, "8 per device x 1 processes x 2"),
+    (2, "4 per device x 2 processes x 2"),
+    (8, "1 per device x 8 processes x 2"),
+)
+
+
+def test_pusht_multigpu_on_four_processes_equals_one_and_goes_on_with_fewer_and_more(
     tiny: Any, helpers: Any, tmp_path: Path
 ) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
@@ -84,7 +91,7 @@ def test_pusht_multigpu_on_four_processes_equals_one_and_goes_on_with_fewer(
     assert "learning rate 0.0002 (optimizer.scale_lr=none)" in helpers.said(four)
     assert helpers.losses(four) == pytest.approx(helpers.losses(one), rel=1e-3)  # batch norm amplifies rounding
     helpers.remove_checkpoint(four, 6)
-    for processes, split in ((1, "8 per device x 1 processes x 2"), (2, "4 per device x 2 processes x 2")):
+    for processes, split in SPLITS:
         folder = shutil.copytree(four, tmp_path / f"on_{processes}", symlinks=True)
         more = (f"hardware.num_processes={processes}", f"training.batch_size={8 // processes}")  # as batch norm saw it
         process = tiny.start_command(folder, f"training.resume={folder}", *more)
