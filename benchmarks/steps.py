@@ -62,7 +62,7 @@ def measure(checkpoint: Path, sampler: str, arguments: argparse.Namespace) -> di
 
 def measure_onnx(policy: DiffusionPolicy, steps: int) -> float:
     """Return the milliseconds of a chunk in ONNX Runtime, on the CPU."""
-    device = policy.alphas_cumprod.device
+    device = policy.device
     with tempfile.TemporaryDirectory() as folder:
         milliseconds = export_onnx(Path(folder) / "policy.onnx", policy, num_inference_steps=steps).onnx_ms
     policy.to(device)

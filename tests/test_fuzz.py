@@ -53,7 +53,7 @@ GROUP = st.sampled_from([f"{group}={choice}" for group, choices in GROUPS.items(
 def root(make_dataset: Callable[..., Path]) -> Path:
     """Return a tiny dataset with states and pictures."""
     return make_dataset(
-        lengths=(9, 7, 8), cameras=("observation.image",), image_size=(48, 48), state_dim=2, action_dim=2
+        lengths=(20, 18, 19), cameras=("observation.image",), image_size=(48, 48), state_dim=2, action_dim=2
     )
 
 

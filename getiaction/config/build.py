@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from torch import Tensor
 
 from getiaction.config.schema import Config
@@ -18,6 +19,7 @@ from getiaction.errors import InputError
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import DiffusionPolicy, Features, Normalizer
 from getiaction.policy.encoder import load_resnet
+from getiaction.policy.noising import is_flow
 from getiaction.random import Purpose, derive_seed
 
 LR_RULES: dict[str, Callable[[int], float]] = {"sqrt": math.sqrt, "linear": float}
@@ -36,14 +38,25 @@ def build_group(name: str, group: Mapping[str, Any], **extra: Any) -> Any:
         raise InputError(f"{name} cannot be built: {str(cause).splitlines()[0]}") from error
 
 
+def parameters_of(target: str) -> Collection[str]:
+    """Return the names that a class takes; those that everything has where there is no such class."""
+    try:
+        return inspect.signature(get_class(target)).parameters
+    except (ImportError, ValueError, TypeError):
+        return ("prediction_type",)  # building it says what is wrong
+
+
 def build_noise_scheduler(config: Config) -> Any:
-    """Build the diffusers scheduler.
+    """Build the diffusers scheduler; one of flow matching leaves `prediction_type` to the policy.
 
     Raises:
-        InputError: it has no `alphas_cumprod`, so nothing here can train with it.
+        InputError: it has neither `alphas_cumprod` nor `sigmas` alone, so nothing here can train with it.
     """
-    scheduler = build_group("scheduler", config.scheduler)
-    if not hasattr(scheduler, "alphas_cumprod"):
+    group = dict(config.scheduler)
+    if "prediction_type" not in parameters_of(group["_target_"]):
+        group.pop("prediction_type", None)
+    scheduler = build_group("scheduler", group)
+    if not hasattr(scheduler, "alphas_cumprod") and not is_flow(scheduler):
         raise InputError(
             f"scheduler={type(scheduler).__name__} has no alphas_cumprod: use a DDPM-like one, scheduler=ddpm"
         )
@@ -132,6 +145,8 @@ def build_policy(
                 num_inference_steps=policy.num_inference_steps,
                 use_separate_rgb_encoder_per_camera=policy.use_separate_rgb_encoder_per_camera,
                 do_mask_loss_for_padding=policy.do_mask_loss_for_padding,
+                prediction_type=config.scheduler.get("prediction_type"),
+                loss_weighting=policy.loss_weighting,
             )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error

@@ -14,6 +14,7 @@ from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.config.sources import check_sources
 from getiaction.config.value_checks import check_values
+from getiaction.policy.noising import Noising
 from getiaction.policy.unet import FINAL_GROUPS
 
 SOLVERS = ("DPMSolver", "UniPC")  # multistep solvers, which divide by the distance between steps
@@ -151,7 +152,11 @@ def check_noise(config: Config) -> Iterator[Problem]:
             f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: {name} "
             f"takes a step twice there, and acts with NaN: use policy.num_inference_steps={max(steps // 5, 1)}"
         )
-    alpha = float(noise_scheduler.alphas_cumprod[-1])
+    try:
+        alpha = float(Noising(noise_scheduler, scheduler.get("prediction_type")).signal[-1]) ** 2
+    except ValueError as error:
+        yield Problem(str(error))
+        return
     if alpha > NOISE_REACHED:
         yield Problem(
             f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} "

@@ -192,7 +192,7 @@ def measure_latency(policy: DiffusionPolicy, environment: Environment, num_infer
     environment.reset(0)
     seen = environment.observe(policy.features.observation_keys)
     batch = {
-        key: torch.from_numpy(np.stack([value] * policy.n_obs_steps)[None]).to(policy.alphas_cumprod.device)
+        key: torch.from_numpy(np.stack([value] * policy.n_obs_steps)[None]).to(policy.device)
         for key, value in seen.items()
     }  # (1, To, ...)
     seconds = []

@@ -27,6 +27,7 @@ MAY_DIFFER = (  # a policy can be trained on with others of these
     "policy.n_action_steps",
     "policy.num_inference_steps",
     "policy.do_mask_loss_for_padding",
+    "policy.loss_weighting",
     "backbone.crop_is_random",
     "unet.gradient_checkpointing",
     "scheduler",
@@ -36,8 +37,14 @@ MAY_DIFFER = (  # a policy can be trained on with others of these
     "scheduler.beta_end",
     "scheduler.clip_sample",
     "scheduler.clip_sample_range",
+    "scheduler.shift",
 )
-GROUPS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm_solver"}
+GROUPS = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm_solver",
+    "FlowMatchEulerDiscreteScheduler": "flow_matching",
+}
 
 
 def check_init_from(config: Config, policy: DiffusionPolicy) -> None:
@@ -89,12 +96,20 @@ def to_overrides(described: Mapping[str, Any]) -> dict[str, Any]:
         described: what `interop.description.describe` says of it.
     """
     scheduler, encoder = described["scheduler"], described["encoder"]
+    noising = {"prediction_type": scheduler["config"].get("prediction_type"), "loss_weighting": "none"}
+    noising |= described.get("noising", {})
     named = {
         "backbone": "resnet18" if encoder else "none",
         **{f"backbone.{key}": value for key, value in (encoder or {}).items()},
         **{f"unet.{key}": value for key, value in described["unet"].items()},
         "scheduler": GROUPS.get(scheduler["class"], scheduler["class"]),
-        **{f"scheduler.{key}": scheduler["config"][key] for key in SCHEDULER_KEYS if key in scheduler["config"]},
+        **{
+            f"scheduler.{key}": scheduler["config"][key]
+            for key in (*SCHEDULER_KEYS, "shift")
+            if key in scheduler["config"]
+        },
+        "scheduler.prediction_type": noising["prediction_type"],
+        "policy.loss_weighting": noising["loss_weighting"],
         **{f"policy.{key}": value for key, value in described["policy"].items()},
         **{f"policy.normalization.{kind}": mode for kind, mode in modes_in_use(described).items()},
     }

@@ -153,7 +153,7 @@ def evaluate_in_training(
         videos=wanted.videos,
     )
     place = folder / "evaluation" / f"{step:06d}"
-    described = {"step": step, **describe_machine(policy.alphas_cumprod.device)}
+    described = {"step": step, **describe_machine(policy.device)}
     try:
         summary = evaluation.run(policy, place, described, stopping)
     except Stopped:
@@ -198,6 +198,7 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
         max_steps=max(min(steps), 1),
         seed=config.seed,
         max_grad_norm=training.max_grad_norm,
+        noise_draws=training.noise_draws,
         log_every=training.log_every,
         validate_every=config.validation.every,
         save_every=training.save_every,

@@ -14,8 +14,9 @@ from getiaction.config.build import build_group
 from getiaction.config.compose import CONF_DIR
 from getiaction.errors import InputError
 from getiaction.policy import DiffusionPolicy
+from getiaction.policy.noising import Noising, is_flow
 
-TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "shift", "prediction_type")
 """What a policy was trained with, and keeps."""
 
 
@@ -30,22 +31,32 @@ def change_scheduler(policy: DiffusionPolicy, scheduler: Mapping[str, Any]) -> N
     own, target = policy.noise_scheduler.config, scheduler["_target_"]
     usual = usual_values(target)
     asked = {key: value for key, value in scheduler.items() if key[0] != "_" and usual.get(key, own) != value}
-    if other := [key for key in TRAINED if key in asked and asked[key] != own.get(key)]:
+    trained = {**{key: own.get(key) for key in TRAINED}, "prediction_type": policy.prediction_type}
+    if other := [key for key in TRAINED if key in asked and asked[key] != trained[key]]:
         raise InputError(
             f"scheduler.{other[0]}={asked[other[0]]} cannot change after training, where it was "
-            f"{own.get(other[0])}: leave it out"
+            f"{trained[other[0]]}: leave it out"
         )
     takes = inspect.signature(get_class(target)).parameters
     unset = own.get("_use_default_values", [])
     kept = {key: value for key, value in own.items() if key in takes and (key in TRAINED or key not in unset)}
     changed = build_group("scheduler", {"_target_": target, **kept, **asked})
-    before, noise = policy.noise_scheduler.alphas_cumprod, getattr(changed, "alphas_cumprod", None)
-    if noise is None or noise.shape != before.shape or not noise.allclose(before.to(noise), atol=1e-6):
+    if not adds_noise_like(policy, changed):
+        fit = "flow_matching" if is_flow(policy.noise_scheduler) else "ddpm, ddim or dpm_solver"
         raise InputError(
             f"scheduler={type(changed).__name__} adds noise in another way than the policy was trained with, so it "
-            "cannot denoise for it: use ddpm, ddim or dpm_solver"
+            f"cannot denoise for it: use {fit}"
         )
     policy.noise_scheduler = changed
+
+
+def adds_noise_like(policy: DiffusionPolicy, scheduler: Any) -> bool:
+    """Tell whether a scheduler, fresh, adds as much noise at every step as the policy was trained with."""
+    try:
+        own, other = policy.noising.noise.cpu(), Noising(scheduler, policy.prediction_type).noise
+    except ValueError:
+        return False
+    return other.shape == own.shape and bool(other.allclose(own, atol=1e-6))
 
 
 def usual_values(target: str) -> dict[str, Any]:

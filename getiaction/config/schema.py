@@ -28,6 +28,7 @@ class PolicyConfig:
     num_inference_steps: int | None = MISSING
     drop_n_last_frames: int | None = MISSING
     do_mask_loss_for_padding: bool = MISSING
+    loss_weighting: str = MISSING
     use_separate_rgb_encoder_per_camera: bool = MISSING
     normalization: NormalizationConfig = MISSING
 
@@ -68,6 +69,7 @@ class TrainingConfig:
     max_epochs: int | None = MISSING
     max_grad_norm: float | None = MISSING
     observation_noise: float = MISSING
+    noise_draws: int = MISSING
     log_every: int = MISSING
     save_every: int | None = MISSING
     keep_checkpoints: int | None = MISSING

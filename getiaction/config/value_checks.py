@@ -8,6 +8,7 @@ from typing import Any
 
 from getiaction.config.problems import Problem
 from getiaction.config.schema import Config
+from getiaction.policy.noising import LOSS_WEIGHTINGS, PREDICTION_TYPES
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 CHOICES = {
@@ -16,7 +17,8 @@ CHOICES = {
     "policy.normalization.env": ("mean_std", "min_max", "identity"),
     "policy.normalization.action": ("mean_std", "min_max", "identity"),
     "backbone.norm": ("group", "batch"),
-    "scheduler.prediction_type": ("epsilon", "sample", "v_prediction"),
+    "policy.loss_weighting": LOSS_WEIGHTINGS,
+    "scheduler.prediction_type": PREDICTION_TYPES,
     "lr_scheduler.name": LR_SCHEDULERS,
     "dataset.image_stats": ("imagenet", "half", "dataset"),
     "optimizer.scale_lr": ("none", "sqrt", "linear"),
@@ -42,6 +44,7 @@ AT_LEAST = {
     "lr_scheduler.num_warmup_steps": 0,
     "training.batch_size": 1,
     "training.gradient_accumulation_steps": 1,
+    "training.noise_draws": 1,
     "training.max_steps": 1,
     "training.max_epochs": 1,
     "training.log_every": 1,
@@ -85,6 +88,7 @@ POSITIVE = (
     "scheduler.beta_start",
     "scheduler.beta_end",
     "scheduler.clip_sample_range",
+    "scheduler.shift",
 )
 MAY_BE_NULL = ("backbone.weights", "backbone.resize_shape", "backbone.crop_shape", "optimizer.fused")
 

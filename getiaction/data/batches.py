@@ -262,10 +262,15 @@ class Share:
         """Return per-device batch x processes x accumulation."""
         return self.batch_size * self.parts
 
-    def slices(self) -> list[slice]:
-        """Return the slice of the global batch of each of this process's micro-batches."""
-        firsts = [(micro * self.processes + self.rank) * self.batch_size for micro in range(self.accumulation)]
-        return [slice(first, first + self.batch_size) for first in firsts]
+    def slices(self, each: int = 1) -> list[slice]:
+        """Return the slice of the global batch of each of this process's micro-batches.
+
+        Args:
+            each: rows for each sample.
+        """
+        rows = self.batch_size * each
+        firsts = [(micro * self.processes + self.rank) * rows for micro in range(self.accumulation)]
+        return [slice(first, first + rows) for first in firsts]
 
 
 @dataclass(frozen=True)

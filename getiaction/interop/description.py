@@ -56,6 +56,7 @@ def describe(policy: DiffusionPolicy) -> dict[str, Any]:
             "use_separate_rgb_encoder_per_camera": policy.use_separate_rgb_encoder_per_camera,
             "do_mask_loss_for_padding": policy.do_mask_loss_for_padding,
         },
+        "noising": {"prediction_type": policy.prediction_type, "loss_weighting": policy.noising.loss_weighting},
     }
 
 
@@ -95,6 +96,7 @@ def build(described: dict[str, Any], statistics: Statistics, device: str = "cpu"
             encoder=partial(ImageEncoder, **encoder) if encoder else None,
             unet=partial(ConditionalUnet1d, **described["unet"]),
             **described["policy"],
+            **described.get("noising", {}),  # folders of before have none
         )
 
 

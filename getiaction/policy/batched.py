@@ -38,7 +38,7 @@ class BatchedActor:
         num_inference_steps: int | None = None,
     ) -> None:
         self.policy, self.seed, self.num_inference_steps = policy.eval(), seed, num_inference_steps
-        self.device = policy.alphas_cumprod.device
+        self.device = policy.device
         self.batch_size = batch_size or ROWS.get(self.device.type, 16)
         if self.batch_size % 16:
             raise ValueError(f"batch_size={batch_size} must be a multiple of 16, or rows would not all be equal")

@@ -29,7 +29,7 @@ class Controller:
 
     def __init__(self, policy: DiffusionPolicy, *, seed: int = 0) -> None:
         self.policy = policy.eval()
-        self.device = policy.alphas_cumprod.device
+        self.device = policy.device
         self.seed = seed
         self.reset()
 

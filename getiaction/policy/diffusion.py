@@ -17,12 +17,11 @@ from torch.nn import functional
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
+from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
 from getiaction.policy.steps import start
 from getiaction.policy.unet import ConditionalUnet1d
 from getiaction.policy.unrolled import unroll
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 class DiffusionModel(nn.Module):
@@ -38,7 +37,7 @@ class DiffusionPolicy(nn.Module):
     Args:
         features: what the policy sees and does.
         normalizer: brings batches to the network's range.
-        noise_scheduler: any diffusers scheduler with `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...).
+        noise_scheduler: any diffusers scheduler with `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), or flow matching's.
         encoder: makes an encoder from an image shape, `partial(ImageEncoder, resnet="resnet18")`; None without cameras.
         unet: makes the U-Net from `action_dim` and `cond_dim`.
         n_obs_steps: To.
@@ -47,9 +46,8 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: denoising steps when acting; None means all of them.
         use_separate_rgb_encoder_per_camera: one encoder for each camera, or one shared.
         do_mask_loss_for_padding: leave actions past the episode's end out of the loss.
+        prediction_type, loss_weighting: as `Noising` takes them.
     """
-
-    alphas_cumprod: Tensor
 
     def __init__(
         self,
@@ -65,13 +63,14 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: int | None = None,
         use_separate_rgb_encoder_per_camera: bool = False,
         do_mask_loss_for_padding: bool = False,
+        prediction_type: str | None = None,
+        loss_weighting: str = "none",
     ) -> None:
         super().__init__()
         self.features, self.normalizer, self.noise_scheduler = features, normalizer, noise_scheduler
         self.n_obs_steps, self.horizon, self.n_action_steps = n_obs_steps, horizon, n_action_steps
         self.num_train_timesteps = int(noise_scheduler.config.num_train_timesteps)
         self.num_inference_steps = num_inference_steps or self.num_train_timesteps
-        self.prediction_type = noise_scheduler.config.prediction_type
         self.use_separate_rgb_encoder_per_camera = use_separate_rgb_encoder_per_camera
         self.do_mask_loss_for_padding = do_mask_loss_for_padding
         if features.cameras and encoder is None:
@@ -87,7 +86,17 @@ class DiffusionPolicy(nn.Module):
             self.diffusion.rgb_encoder = nn.ModuleList(encoders) if use_separate_rgb_encoder_per_camera else encoders[0]
             obs_dim += encoders[0].feature_dim * len(features.cameras)
         self.diffusion.unet = unet(action_dim=features.action_dim, cond_dim=obs_dim * n_obs_steps)
-        self.register_buffer("alphas_cumprod", noise_scheduler.alphas_cumprod.float().clone(), persistent=False)
+        self.noising = Noising(noise_scheduler, prediction_type, loss_weighting)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the policy lies."""
+        return self.noising.signal.device
+
+    @property
+    def prediction_type(self) -> str:
+        """Return what the U-Net predicts."""
+        return self.noising.prediction_type
 
     @property
     def encoders(self) -> list[ImageEncoder]:
@@ -105,24 +114,22 @@ class DiffusionPolicy(nn.Module):
         Args:
             batch: raw units; `observation.*` (B, To, ...) with pictures as `ImageEncoder.prepare` leaves them,
                 `action` (B, T, Da), `action_is_pad` (B, T).
-            noise: (B, T, Da), standard normal.
-            timesteps: (B,) integers in [0, num_train_timesteps).
+            noise: (B K, T, Da), standard normal: K draws for each sample, one sample's after the other's.
+            timesteps: (B K,) integers in [0, num_train_timesteps).
         """
         batch = self.normalizer(batch)
-        actions = batch[ACTION]  # (B, T, Da)
-        alpha = self.alphas_cumprod[timesteps][:, None, None]  # (B, 1, 1)
-        noisy_actions = alpha.sqrt() * actions + (1 - alpha).sqrt() * noise
-        prediction = self.diffusion.unet(noisy_actions, timesteps, self.encode(batch))
-        if self.prediction_type == "epsilon":
-            target = noise
-        elif self.prediction_type == "sample":
-            target = actions
-        else:
-            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * actions  # v: Salimans & Ho, arXiv:2202.00512
-        loss = functional.mse_loss(prediction.float(), target, reduction="none")  # (B, T, Da)
+        actions, is_pad, cond = batch[ACTION], batch[ACTION_IS_PAD], self.encode(batch)  # (B, T, Da), (B, T), (B, ...)
+        if (draws := len(noise) // len(actions)) > 1:  # the observations are encoded once for all K
+            actions, is_pad, cond = (part.repeat_interleave(draws, dim=0) for part in (actions, is_pad, cond))
+        noisy_actions = self.noising.mix(actions, noise, timesteps)
+        prediction = self.diffusion.unet(noisy_actions, self.noising.times[timesteps], cond)
+        target = self.noising.target(actions, noise, timesteps)
+        loss = functional.mse_loss(prediction.float(), target, reduction="none")  # (B K, T, Da)
+        if self.training and self.noising.loss_weighting != "none":  # validation stays comparable
+            loss = loss * self.noising.weight[timesteps][:, None, None]
         if not self.do_mask_loss_for_padding:
             return loss.mean()
-        valid = (~batch[ACTION_IS_PAD])[:, :, None].expand_as(loss)
+        valid = (~is_pad)[:, :, None].expand_as(loss)
         return (loss * valid).sum() / valid.sum().clamp_min(1)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -213,13 +220,14 @@ class DiffusionPolicy(nn.Module):
             if isinstance(generator, list):
                 raise ValueError("one generator for each row needs noise= to start from")
             noise = torch.randn(shape, generator=generator, device=cond.device)
-        timesteps, take = start(scheduler, num_inference_steps or self.num_inference_steps)
+        timesteps, take = start(scheduler, num_inference_steps or self.num_inference_steps, self.prediction_type)
         unet = self.diffusion.unet
-        films = unet.modulation(timesteps.to(cond.device).long(), cond)
+        films = unet.modulation(timesteps.to(cond.device), cond)
         unrolled = unroll(unet, films, self.horizon)
-        sample = noise * scheduler.init_noise_sigma
+        scale = getattr(scheduler, "scale_model_input", None)  # flow matching needs none
+        sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for number, timestep in enumerate(timesteps):
-            noisy = scheduler.scale_model_input(sample, timestep)
+            noisy = scale(sample, timestep) if scale else sample
             output = unrolled(noisy, number) if unrolled else unet.denoise(noisy, [film[number] for film in films])
             sample = take(output.float(), number, sample, generator)
         return sample

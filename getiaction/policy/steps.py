@@ -1,24 +1,28 @@
-"""Take a denoising step of DDPM or DDIM with coefficients that were computed beforehand.
+"""Take a denoising step of DDPM, DDIM or flow matching with coefficients that were computed beforehand.
 
-Both estimate the clean sample, clip it, and mix it with what they had: with x the noisy sample and m the network's
+All estimate the clean sample, clip it, and mix it with what they had: with x the noisy sample and m the network's
 output, x0 = clip(a x + b m) and the next sample is c x0 + d x + e m + s z, z standard normal. diffusers computes the
 six numbers again at every step, on tensors of one element, which can take as long as a small network.
-Source: DDPM: Ho et al., arXiv:2006.11239, formula 7; DDIM: Song et al., arXiv:2010.02502, formula 12.
+Source: DDPM: Ho et al., arXiv:2006.11239, formula 7; DDIM: Song et al., arXiv:2010.02502, formula 12; flow matching
+(Euler's method): Liu et al., arXiv:2209.03003.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from getiaction.policy.noising import FLOW, is_flow
 
 Generators = torch.Generator | list[torch.Generator] | None
 Take = Callable[[Tensor, int, Tensor, Generators], Tensor]
@@ -49,9 +53,16 @@ class Step:
         return following
 
 
-def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
-    """Return the steps to denoise at, (S,) integers, and what takes them: from (output, number, sample, generator)."""
-    if (steps := known_steps(scheduler, num_inference_steps)) is not None:
+def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None = None) -> tuple[Tensor, Take]:
+    """Return the times to denoise at, (S,), and what takes the steps: from (output, number, sample, generator).
+
+    Args:
+        prediction_type: what the network says; None takes the scheduler's. Only flow matching lets it be another.
+
+    Raises:
+        ValueError: the scheduler takes steps of its own, which cannot use such a prediction.
+    """
+    if (steps := known_steps(scheduler, num_inference_steps, prediction_type)) is not None:
         timesteps, known = steps
         clip = clip_of(scheduler)
 
@@ -62,6 +73,8 @@ def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
             return step.take(output, sample, clip, noise)
 
         return timesteps, take_known
+    if is_flow(scheduler) and prediction_type not in (None, FLOW):
+        raise ValueError(f"{type(scheduler).__name__} steps along a velocity only, not prediction_type={prediction_type}")
     scheduler.set_timesteps(num_inference_steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
@@ -74,13 +87,17 @@ def start(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, Take]:
 
 def clip_of(scheduler: Any) -> float | None:
     """Return where DDPM or DDIM clips the clean sample, or None."""
-    return float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
+    return float(scheduler.config.clip_sample_range) if scheduler.config.get("clip_sample") else None
 
 
 @lru_cache(maxsize=16)
-def known_steps(scheduler: Any, num_inference_steps: int) -> tuple[Tensor, list[Step]] | None:
-    """Return the steps to denoise at, (S,) integers, and their numbers; None for a scheduler of another form."""
+def known_steps(
+    scheduler: Any, num_inference_steps: int, prediction_type: str | None = None
+) -> tuple[Tensor, list[Step]] | None:
+    """Return the times to denoise at, (S,), and their numbers; None for a scheduler of another form."""
     kind, config = type(scheduler), scheduler.config
+    if kind is FlowMatchEulerDiscreteScheduler:
+        return None if config.stochastic_sampling else flow_steps(scheduler, num_inference_steps, prediction_type)
     if kind not in (DDPMScheduler, DDIMScheduler) or config.thresholding:
         return None
     if kind is DDPMScheduler and config.variance_type not in VARIANCES:
@@ -134,3 +151,17 @@ def ddim_step(alpha: float, before: float, prediction_type: str) -> Step:
     else:
         d, e = (1 / noise, -signal / noise) if prediction_type == "sample" else (noise, signal)
     return Step(a=a, b=b, c=before**0.5, d=rest * d, e=rest * e, s=0.0)
+
+
+def flow_steps(scheduler: Any, num_inference_steps: int, prediction_type: str | None) -> tuple[Tensor, list[Step]]:
+    """Return the times and Euler's steps of flow matching, from each share of noise to the next.
+
+    The sample lies on the straight line from the actions to the noise, so the next one divides what lies between.
+    """
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas, steps = scheduler.sigmas.double().tolist(), []
+    for sigma, following in itertools.pairwise(sigmas):
+        a, b = (0.0, 1.0) if prediction_type == "sample" else (1.0, -sigma)
+        steps.append(Step(a=a, b=b, c=1 - following / sigma, d=following / sigma, e=0.0, s=0.0))
+    return scheduler.timesteps.cpu(), steps

@@ -41,6 +41,7 @@ class Plan:
     max_steps: int
     seed: int
     max_grad_norm: float | None = None
+    noise_draws: int = 1  # for each sample of a step
     log_every: int = 50
     validate_every: int | None = None
     save_every: int | None = None
@@ -125,13 +126,14 @@ class Trainer:
     def _optimise(self, batches: list[Batch]) -> None:
         """Take one optimiser step over this process's micro-batches."""
         share, device = self.batches.share, self.accelerator.device
+        draws = self.plan.noise_draws
         noise, timesteps = draw_noise(
-            self.policy, share.global_batch_size, generator(self.plan.seed, Purpose.NOISE, self.step)
+            self.policy, share.global_batch_size * draws, generator(self.plan.seed, Purpose.NOISE, self.step)
         )
         masked = self.policy.do_mask_loss_for_padding and share.global_batch_size > share.batch_size
         weights = self.batches.weights(self.step) if masked else [1.0] * share.accumulation
         total: Tensor | None = None
-        for micro, (batch, part) in enumerate(zip(batches, share.slices(), strict=True)):
+        for micro, (batch, part) in enumerate(zip(batches, share.slices(draws), strict=True)):
             is_last = micro == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss = self.model(batch, to_device(noise[part], device), to_device(timesteps[part], device)) * (

@@ -34,6 +34,10 @@ ERRORS = [
     (["policy.num_inference_steps=101"], "must be at most scheduler.num_train_timesteps=100"),
     (["policy.num_inference_steps=0"], "must be a whole number of at least 1"),
     (["scheduler.prediction_type=noise"], "must be one of epsilon, sample, v_prediction"),
+    (["scheduler.prediction_type=flow_prediction"], "means nothing to DDPMScheduler: use epsilon or sample or v_pred"),
+    (["scheduler=flow_matching", "scheduler.prediction_type=epsilon"], "use sample or flow_prediction"),
+    (["policy.loss_weighting=snr"], "must be one of none, min_snr"),
+    (["training.noise_draws=0"], "must be a whole number of at least 1"),
     (["lr_scheduler.name=cosin"], "must be one of constant, constant_with_warmup, cosine"),
     (["unet.use_film_scale_modulation=[1,2]"], "must be true or false"),  # trained, and could not be saved
     (["optimizer.scale_lr=square"], "optimizer.scale_lr=square must be one of none, sqrt, linear"),

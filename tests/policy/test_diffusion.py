@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,16 +25,25 @@ class Oracle(nn.Module):
 
     def __init__(self, policy: DiffusionPolicy, clean: Tensor) -> None:
         super().__init__()
-        self.alphas_cumprod, self.prediction_type, self.clean = policy.alphas_cumprod, policy.prediction_type, clean
+        self.prediction_type, self.clean, self.scheduler = policy.prediction_type, clean, policy.noise_scheduler
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, cond: Tensor) -> Tensor:
-        alpha = self.alphas_cumprod[timesteps][:, None, None]
-        noise = (noisy - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
-        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * self.clean
-        return {"epsilon": noise, "sample": self.clean, "v_prediction": velocity}[self.prediction_type]
+    def forward(self, noisy: Tensor, times: Tensor, cond: Tensor) -> Tensor:
+        if hasattr(self.scheduler, "alphas_cumprod"):
+            alpha = self.scheduler.alphas_cumprod[times][:, None, None]
+            signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
+        else:
+            amount = times[:, None, None] / self.scheduler.config.num_train_timesteps
+            signal = 1 - amount
+        noise = (noisy - signal * self.clean) / amount
+        return {
+            "epsilon": noise,
+            "sample": self.clean,
+            "v_prediction": signal * noise - amount * self.clean,
+            "flow_prediction": noise - self.clean,
+        }[self.prediction_type]
 
-    def modulation(self, timesteps: Tensor, cond: Tensor) -> list[Tensor]:
-        return [timesteps[:, None].expand(-1, len(cond)), cond.expand(len(timesteps), *cond.shape)]
+    def modulation(self, times: Tensor, cond: Tensor) -> list[Tensor]:
+        return [times[:, None].expand(-1, len(cond)), cond.expand(len(times), *cond.shape)]
 
     def denoise(self, noisy: Tensor, films: list[Tensor]) -> Tensor:
         return self(noisy, *films)
@@ -76,6 +91,79 @@ def test_a_perfect_network_costs_nothing_and_acts_as_demonstrated(make_policy, m
     assert policy(batch, torch.randn(4, 8, 2), torch.tensor([1, 5, 12, 19])) < 1e-6
     acted = policy.predict_action_chunk(batch, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(acted, batch["action"][:, 2:6], rtol=1e-3, atol=1e-3)  # To - 1 : To - 1 + Ta
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "flow_prediction"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_perfect_network_flows_to_what_was_demonstrated(make_policy, prediction_type, shift) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(20, shift=shift)
+    policy = make_policy(noise_scheduler=scheduler, prediction_type=prediction_type, n_obs_steps=3)
+    batch = random_batch(policy)
+    policy.diffusion.unet = Oracle(policy, policy.normalizer(batch)["action"])
+    assert policy(batch, torch.randn(4, 8, 2), torch.tensor([1, 5, 12, 19])) < 1e-6
+    acted = policy.predict_action_chunk(batch, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(acted, batch["action"][:, 2:6], rtol=1e-3, atol=1e-3)
+
+
+def test_flow_matching_mixes_as_diffusers_does(make_policy) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(20)
+    policy = make_policy(noise_scheduler=scheduler)
+    batch, noise, timesteps = random_batch(policy), torch.randn(4, 8, 2), torch.tensor([0, 5, 12, 19])
+    normalized = policy.normalizer(batch)
+    times = scheduler.timesteps.flip(0)[timesteps]
+    noisy = scheduler.scale_noise(normalized["action"], times, noise)
+    predicted = policy.diffusion.unet(noisy, times, policy.encode(normalized))
+    expected = functional.mse_loss(predicted, noise - normalized["action"])
+    torch.testing.assert_close(policy(batch, noise, timesteps), expected)
+
+
+def test_another_flow_of_diffusers_takes_its_own_steps(make_policy) -> None:
+    policy = make_policy(noise_scheduler=FlowMatchHeunDiscreteScheduler(20))
+    acted = policy.predict_action_chunk(random_batch(policy), generator=torch.Generator().manual_seed(0))
+    assert acted.shape == (4, 4, 2)
+    assert acted.isfinite().all()
+    other = make_policy(noise_scheduler=FlowMatchHeunDiscreteScheduler(20), prediction_type="sample")
+    with pytest.raises(ValueError, match="steps along a velocity only"):
+        other.predict_action_chunk(random_batch(policy))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type", "fix"),
+    [
+        (DDPMScheduler(20), "flow_prediction", "use epsilon or sample or v_prediction"),
+        (FlowMatchEulerDiscreteScheduler(20), "epsilon", "use sample or flow_prediction"),
+    ],
+)
+def test_what_a_scheduler_cannot_be_asked_for(make_policy, scheduler, prediction_type, fix) -> None:
+    with pytest.raises(ValueError, match=rf"prediction_type={prediction_type} means nothing to .*: {fix}"):
+        make_policy(noise_scheduler=scheduler, prediction_type=prediction_type)
+
+
+@pytest.mark.parametrize("prediction_type", [*PREDICTION_TYPES, "flow_prediction"])
+def test_min_snr_counts_an_error_as_that_of_the_actions(make_policy, prediction_type) -> None:
+    """The same wrong idea of the actions costs min(snr, 5) times its square, whatever the network is asked for."""
+    kind = FlowMatchEulerDiscreteScheduler(20) if prediction_type == "flow_prediction" else DDPMScheduler(20)
+    policy = make_policy(noise_scheduler=kind, prediction_type=prediction_type, loss_weighting="min_snr")
+    batch, noise = random_batch(policy), torch.randn(4, 8, 2)
+    clean = policy.normalizer(batch)["action"]
+    policy.diffusion.unet = Oracle(policy, clean + 0.1)
+    for step in (0, 3, 10, 18):
+        timesteps = torch.full((4,), step)
+        snr = (policy.noising.signal[step] / policy.noising.noise[step]) ** 2
+        loss = policy.train()(batch, noise, timesteps)
+        torch.testing.assert_close(loss, 0.01 * snr.clamp(max=5), rtol=1e-3, atol=1e-7)
+        plain = policy.eval()(batch, noise, timesteps)  # validation stays comparable
+        own = make_policy(noise_scheduler=kind, prediction_type=prediction_type)
+        own.diffusion.unet = policy.diffusion.unet
+        assert plain == own(batch, noise, timesteps)
+
+
+def test_several_draws_of_noise_for_each_sample(make_policy) -> None:
+    policy = make_policy(do_mask_loss_for_padding=True)
+    batch, noise, timesteps = random_batch(policy), torch.randn(12, 8, 2), torch.randint(20, (12,))
+    batch["action_is_pad"][0, 5:] = True
+    repeated = {key: value.repeat_interleave(3, dim=0) for key, value in batch.items()}
+    torch.testing.assert_close(policy(batch, noise, timesteps), policy(repeated, noise, timesteps))
 
 
 def test_padded_actions_are_left_out_of_the_loss(make_policy) -> None:

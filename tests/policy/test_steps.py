@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from getiaction.policy.steps import known_steps, start
@@ -24,8 +30,6 @@ def run(scheduler: Any, count: int, outputs: Tensor, *, seed: int, ours: bool) -
         timesteps = scheduler.timesteps
     extra = {"generator": generator} if not isinstance(scheduler, EulerDiscreteScheduler) else {}
     for number, timestep in enumerate(timesteps):
-        scaled = scheduler.scale_model_input(sample, timestep)
-        assert scaled.shape == sample.shape
         if ours:
             sample = take(outputs[number], number, sample, generator)
         else:
@@ -59,10 +63,23 @@ def test_equal_to_diffusers(make: Any, more: dict[str, Any], count: int, clip: b
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("count", [50, 10, 1])
+@pytest.mark.parametrize("more", [{}, {"shift": 3.0}, {"use_karras_sigmas": True}])
+def test_flow_matching_is_equal_to_diffusers(more: dict[str, Any], count: int) -> None:
+    torch.manual_seed(0)
+    outputs = torch.randn(count, 2, 4, 3)
+    ours, theirs = (
+        run(FlowMatchEulerDiscreteScheduler(100, **more), count, outputs, seed=1, ours=ours) for ours in (True, False)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "more"),
     [
         (DPMSolverMultistepScheduler, {}),
+        (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
         (EulerDiscreteScheduler, {}),
         (DDPMScheduler, {"variance_type": "learned"}),
         (DDIMScheduler, {"thresholding": True}),
