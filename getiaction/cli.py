@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from getiaction import __version__
+from getiaction.startup import hold_collector
 
 COMMANDS = {  # name -> (module, what it does)
     "train": ("train", "train a Diffusion Policy; arguments as in `python -m getiaction.train`"),
@@ -40,6 +41,7 @@ def main() -> None:
             f"error: getiaction has no command {name!r}: {hint}the commands are {', '.join(COMMANDS)}", file=sys.stderr
         )
         sys.exit(2)
+    hold_collector()
     sys.argv = [f"getiaction {name}", *sys.argv[2:]]
     module = import_module(f"getiaction.{COMMANDS[name][0]}")
     module.main(name) if module.__name__ == "getiaction.fit" else module.main()

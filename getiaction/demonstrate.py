@@ -14,6 +14,7 @@ from getiaction.config.overrides import command_for
 from getiaction.config.schema import DemonstrateConfig
 from getiaction.errors import InputError, TrainingError
 from getiaction.files import claimed
+from getiaction.startup import release_collector
 
 log = logging.getLogger(__name__)
 README = """# Demonstrations by a script
@@ -78,6 +79,7 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
         "expert": environment.make_expert(0).version,
     }
     attempts = Attempts(folder / "attempts", about)
+    release_collector()
     workers = os.cpu_count() or 1 if config.num_workers is None else config.num_workers
     try:
         numbers, tried = collect(

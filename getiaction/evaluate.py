@@ -10,6 +10,7 @@ from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import command_for
 from getiaction.config.schema import EvaluateConfig
 from getiaction.simulation.metrics import Summary
+from getiaction.startup import release_collector
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     with autocast(precision, device):
         latency = measure_latency(policy, environment, config.num_inference_steps)
     described = {"checkpoint": str(pretrained), "latency_ms": latency, **describe_machine(device)}
+    release_collector()
     with claimed(folder):
         summary = evaluation.run(policy, folder, described)
     log.info("%s; one action chunk takes %.0f ms", say(summary), latency)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from getiaction.errors import InputError, exit_with_message
+from getiaction.startup import release_collector
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def export(arguments: argparse.Namespace) -> list[str]:
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.interop.onnx_file import export_onnx
 
+    release_collector()
     folder = find_policy_folder(arguments.policy, key="policy")
     policy = load_policy(folder)
     if arguments.scheduler is not None:

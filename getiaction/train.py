@@ -10,6 +10,7 @@ from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import TrainingError
+from getiaction.startup import release_collector
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
             held.enter_context(claimed(folder))
         trainer = run.build_trainer(config, mixture, accelerator, folder)
         write_run_files(config, folder, accelerator)
+        release_collector()
         metrics = trainer.fit()
         if is_main:
             for picture in draw_report(folder, trainer.validator, trainer.best):

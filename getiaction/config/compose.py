@@ -26,6 +26,7 @@ from getiaction.config.help import help_text
 from getiaction.config.schema import Config
 from getiaction.config.sweep import in_sweep, sweep_folder
 from getiaction.errors import InputError, exit_with_message, stop
+from getiaction.startup import hold_collector
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
@@ -72,6 +73,7 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(CONF_DIR, config_name))
         return None
+    hold_collector()
     import hydra
 
     register_resolvers()

@@ -37,7 +37,7 @@ class DiffusionPolicy(nn.Module):
     Args:
         features: what the policy sees and does.
         normalizer: brings batches to the network's range.
-        noise_scheduler: any diffusers scheduler with `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), or flow matching's.
+        noise_scheduler: a diffusers scheduler with `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...), or flow matching's.
         encoder: makes an encoder from an image shape, `partial(ImageEncoder, resnet="resnet18")`; None without cameras.
         unet: makes the U-Net from `action_dim` and `cond_dim`.
         n_obs_steps: To.

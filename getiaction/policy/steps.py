@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from getiaction.policy.noising import FLOW, is_flow
 
 Generators = torch.Generator | list[torch.Generator] | None
 Take = Callable[[Tensor, int, Tensor, Generators], Tensor]
+EULER = "FlowMatchEulerDiscreteScheduler"  # by name: importing it brings in SciPy's statistics, which take a second
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
@@ -74,7 +75,8 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
 
         return timesteps, take_known
     if is_flow(scheduler) and prediction_type not in (None, FLOW):
-        raise ValueError(f"{type(scheduler).__name__} steps along a velocity only, not prediction_type={prediction_type}")
+        kind = type(scheduler).__name__
+        raise ValueError(f"{kind} steps along a velocity only, not prediction_type={prediction_type}")
     scheduler.set_timesteps(num_inference_steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
@@ -96,7 +98,7 @@ def known_steps(
 ) -> tuple[Tensor, list[Step]] | None:
     """Return the times to denoise at, (S,), and their numbers; None for a scheduler of another form."""
     kind, config = type(scheduler), scheduler.config
-    if kind is FlowMatchEulerDiscreteScheduler:
+    if kind.__name__ == EULER:
         return None if config.stochastic_sampling else flow_steps(scheduler, num_inference_steps, prediction_type)
     if kind not in (DDPMScheduler, DDIMScheduler) or config.thresholding:
         return None

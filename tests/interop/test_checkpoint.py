@@ -42,7 +42,7 @@ EXPRESSIBLE = {
 }
 INEXPRESSIBLE = {
     "scheduler": ([*STATE_ONLY, "scheduler=dpm_solver"], KEYPOINTS),
-    "flow matching": ([*STATE_ONLY, "scheduler=flow_matching", "scheduler.prediction_type=sample"], KEYPOINTS),
+    "scheduler FlowMatch": ([*STATE_ONLY, "scheduler=flow_matching", "scheduler.prediction_type=sample"], KEYPOINTS),
     "prediction_type": ([*STATE_ONLY, "scheduler.prediction_type=v_prediction"], KEYPOINTS),
     "timestep_spacing": ([*STATE_ONLY, "+scheduler.timestep_spacing=trailing"], KEYPOINTS),
     "variance_type": ([*STATE_ONLY, "+scheduler.variance_type=fixed_large"], KEYPOINTS),

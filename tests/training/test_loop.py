@@ -34,10 +34,11 @@ def weights_of(folder: Path, kind: str = "training_state") -> dict[str, torch.Te
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["states", "masked", "pictures"])
+@pytest.mark.parametrize("case", ["states", "masked", "several draws, flow matching", "pictures"])
 def test_two_small_batches_equal_one_large(tiny: Any, helpers: Any, tmp_path: Path, case: str) -> None:
     masked = ("policy.do_mask_loss_for_padding=true", "policy.drop_n_last_frames=0")
-    more = {"states": (), "masked": masked, "pictures": helpers.WITH_PICTURES}[case]
+    several = ("training.noise_draws=3", "policy.loss_weighting=min_snr", "scheduler=flow_matching")
+    more = {"states": (), "masked": masked, "pictures": helpers.WITH_PICTURES}.get(case, several)
     tiny.fit(tmp_path / "one", *more, "training.batch_size=8", "training.save_every=null")
     accumulated = ("training.batch_size=4", "training.gradient_accumulation_steps=2", "training.save_every=null")
     tiny.fit(tmp_path / "two", *more, *accumulated)
