@@ -88,12 +88,14 @@ def build_batches(
     )
     if not val_indices:
         return batches, None
+    held_out = make_windows(config, episodes.select(val_indices))
     validator = Validator(
-        gatherer.with_windows(make_windows(config, episodes.select(val_indices))),
+        gatherer.with_windows(held_out),
         max_samples=validation.max_samples,
         max_sampled=validation.max_sampled,
         batch_size=training.batch_size,
         seed=config.seed,
+        sizes=mixture.count_samples(held_out),
     )
     return batches, validator
 

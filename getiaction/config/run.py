@@ -221,8 +221,11 @@ def announce(trainer: Trainer, mixture: Mixture, episodes: Episodes, scale_lr: s
         "data: %d frames, %d samples, %.2f GB %s", episodes.num_frames, plan.epoch_samples, episodes.nbytes / 1e9, where
     )
     if len(mixture.sources) > 1:
-        for source, share_of in zip(mixture.sources, batches.order.shares, strict=True):
-            log.info("data: %.0f%% of %s; its episodes count from %d", 100 * share_of, source.describe(), source.offset)
+        measured = trainer.validator.sources if trainer.validator else {}
+        for number, (source, share_of) in enumerate(zip(mixture.sources, batches.order.shares, strict=True)):
+            own = f", its loss is val_loss_{number}" if number in measured else ""
+            count = f"its episodes count from {source.offset}"
+            log.info("data: %.0f%% of %s; %s%s", 100 * share_of, source.describe(), count, own)
     split = f"{share.batch_size} per device x {share.processes} processes x {share.accumulation} accumulation"
     rate = f"learning rate {trainer.optimizer.param_groups[0]['initial_lr']:.3g} (optimizer.scale_lr={scale_lr})"
     log.info("batch: %s = %d; %d steps, %.1f epochs; %s", split, share.global_batch_size, plan.max_steps, epochs, rate)

@@ -27,11 +27,12 @@ def draw_report(folder: Path, validator: Validator | None, policy: DiffusionPoli
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> Path:
-    """Draw training and validation loss, and the error of sampled actions, over steps."""
+    """Draw training and validation loss, each dataset's own if there are several, and the actions' error over steps."""
     from matplotlib import pyplot
 
+    own = sorted({key for line in lines for key in line if key.startswith("val_loss_")}, key=lambda key: int(key[9:]))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, keys in ((left, ("loss", "val_loss")), (right, ("val_action_error",))):
+    for axes, keys in ((left, ("loss", "val_loss", *own)), (right, ("val_action_error",))):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:

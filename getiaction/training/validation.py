@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,23 +47,48 @@ class Validator:
         max_sampled: samples for the error of sampled actions; 0 skips it.
         batch_size: samples at a time.
         seed: of the run.
+        sizes: the held-out samples of each dataset of a mixture, which lie one dataset after the other.
     """
 
-    def __init__(self, gatherer: Gatherer, *, max_samples: int, max_sampled: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        *,
+        max_samples: int,
+        max_sampled: int,
+        batch_size: int,
+        seed: int,
+        sizes: tuple[int, ...] = (),
+    ) -> None:
         self.gatherer, self.batch_size, self.seed = gatherer, batch_size, seed
         self.ids = spread(len(gatherer.windows), max_samples)
         self.sampled_ids = spread(len(gatherer.windows), max_sampled)
+        self.sources = sources_of(self.ids, sizes) if len(sizes) > 1 else {}
 
     @torch.no_grad()
-    def loss(self, policy: DiffusionPolicy) -> float:
-        """Return the mean loss."""
+    def losses(self, policy: DiffusionPolicy) -> dict[str, float]:
+        """Return the mean loss, `val_loss`; of several datasets also each one's own, `val_loss_<n>`.
+
+        A sample has the same noise in both: the datasets' means, weighted by their samples, make the mean of all.
+        """
         noise, timesteps = draw_noise(policy, len(self.ids), generator(self.seed, Purpose.VALIDATION))
-        total = torch.zeros((), device=self.gatherer.device)
-        for part in self._parts(self.ids):
+        device = self.gatherer.device
+
+        def measure(part: slice) -> Tensor:
             batch = self.gatherer.gather(self.ids[part])
-            loss = policy(batch, noise[part].to(total.device), timesteps[part].to(total.device))
-            total += loss.float() * len(noise[part])
-        return float(total) / len(self.ids)
+            loss = policy(batch, noise[part].to(device), timesteps[part].to(device))
+            return loss.float() * len(noise[part])
+
+        total = torch.zeros((), device=device)
+        own = {number: torch.zeros((), device=device) for number in self.sources}
+        for part in self._parts(self.ids):
+            summed = measure(part)
+            total += summed
+            for number, source in self.sources.items():
+                if common := intersection(part, source):  # only a batch that has two datasets is measured again
+                    own[number] += summed if common == part else measure(common)
+        means = {f"val_loss_{n}": float(own[n]) / (where.stop - where.start) for n, where in self.sources.items()}
+        return {"val_loss": float(total) / len(self.ids), **means}
 
     def sample(self, policy: DiffusionPolicy) -> Sampled:
         """Sample actions and return them beside the recorded ones."""
@@ -81,15 +107,16 @@ class Validator:
         )
 
     def __call__(self, policy: DiffusionPolicy) -> dict[str, float]:
-        """Return `val_loss`, and `val_action_error` in the dataset's units."""
+        """Return `val_loss`, each dataset's own if there are several, and `val_action_error` in the dataset's units."""
         with evaluating(policy):
-            metrics = {"val_loss": self.loss(policy)}
+            metrics = self.losses(policy)
             if len(self.sampled_ids):
                 metrics["val_action_error"] = self.sample(policy).mean_absolute_error
         return metrics
 
     def _parts(self, ids: np.ndarray) -> list[slice]:
-        return [slice(start, start + self.batch_size) for start in range(0, len(ids), self.batch_size)]
+        starts = range(0, len(ids), self.batch_size)
+        return [slice(start, min(start + self.batch_size, len(ids))) for start in starts]
 
 
 @contextlib.contextmanager
@@ -104,6 +131,22 @@ def evaluating(policy: DiffusionPolicy) -> Iterator[None]:
 def spread(count: int, most: int) -> np.ndarray:
     """Return at most `most` of `count` ids, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64)) if most else np.empty(0, np.int64)
+
+
+def sources_of(ids: np.ndarray, sizes: tuple[int, ...]) -> dict[int, slice]:
+    """Return which of the ascending `ids` (n,) are of each dataset, by its number; one without any is left out.
+
+    Args:
+        sizes: the samples of each dataset, which lie one dataset after the other.
+    """
+    bounds = np.searchsorted(ids, np.cumsum([0, *sizes])).tolist()
+    return {n: slice(first, stop) for n, (first, stop) in enumerate(pairwise(bounds)) if stop > first}
+
+
+def intersection(one: slice, other: slice) -> slice | None:
+    """Return what two slices have in common, or None."""
+    first, stop = max(one.start, other.start), min(one.stop, other.stop)
+    return slice(first, stop) if first < stop else None
 
 
 def draw_noise(policy: DiffusionPolicy, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
