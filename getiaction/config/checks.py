@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from torch import Tensor
+
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.config.sources import check_sources
@@ -95,11 +97,8 @@ def check_pictures(config: Config) -> Iterator[Problem]:
     if backbone.get("resize_shape"):
         yield from check_crop(backbone.get("crop_shape"), backbone["resize_shape"], "backbone.resize_shape")
     sides = backbone.get("crop_shape") or backbone.get("resize_shape")
-    if sides and max(sides) <= BLIND:
-        yield Problem(
-            f"pictures of {sides} leave the spatial softmax one place to look at, so the policy would see nothing: use "
-            f"more than {BLIND} pixels on a side"
-        )
+    if sides:
+        yield from check_sight(sides, f"more than {BLIND} pixels on a side")
     if backbone.get("weights") and backbone.get("norm") == "group":
         yield Problem(
             f"backbone.norm=group with backbone.weights={backbone['weights']}: convolutions keep their weights, "
@@ -113,6 +112,15 @@ def check_pictures(config: Config) -> Iterator[Problem]:
             "few samples are "
             "noise; use backbone.norm=group or training.batch_size=16",
             is_error=False,
+        )
+
+
+def check_sight(sides: list[int], fix: str) -> Iterator[Problem]:
+    """Check that pictures, [H, W], are large enough to look at different places."""
+    if max(sides) <= BLIND:
+        yield Problem(
+            f"pictures of {sides} leave the spatial softmax one place to look at, so the policy would see nothing: use "
+            f"{fix}"
         )
 
 
@@ -140,6 +148,13 @@ def check_noise(config: Config) -> Iterator[Problem]:
     scheduler, policy = config.scheduler, config.policy
     noise_scheduler = build_noise_scheduler(config)
     steps = int(noise_scheduler.config.num_train_timesteps)
+    if not adds_noise(noise_scheduler.alphas_cumprod):
+        yield Problem(
+            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} with scheduler.beta_start="
+            f"{scheduler.get('beta_start')} and scheduler.beta_end={scheduler.get('beta_end')} must add some noise at "
+            "each step, and not more than all: use betas of 1e-6 to 1, or scheduler.beta_schedule=squaredcos_cap_v2"
+        )
+        return
     if policy.num_inference_steps is not None and policy.num_inference_steps > steps:
         yield Problem(
             f"policy.num_inference_steps={policy.num_inference_steps} must be at most "
@@ -172,6 +187,11 @@ def check_noise(config: Config) -> Iterator[Problem]:
             "scheduler.clip_sample=false",
             is_error=False,
         )
+
+
+def adds_noise(alphas_cumprod: Tensor) -> bool:
+    """Tell whether what the steps leave of the actions, (steps,), is a share: not NaN, and never all of them."""
+    return bool(((alphas_cumprod >= 0) & (alphas_cumprod < 1)).all())
 
 
 def check_training(config: Config) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from getiaction.config.build import build_mirror, observation_keys
-from getiaction.config.checks import check_crop
+from getiaction.config.checks import check_crop, check_sight
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.data.metadata import DatasetMetadata
@@ -13,6 +13,7 @@ from getiaction.data.mixture import Mixture
 from getiaction.data.windows import check_delta_timestamps
 from getiaction.errors import InputError
 from getiaction.keys import ACTION, is_camera
+from getiaction.training.validation import sources_of, spread
 
 
 def check_dataset(config: Config, mixture: Mixture) -> None:
@@ -72,7 +73,10 @@ def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Pr
         yield Problem(f"all cameras must have one shape, got {cameras}: choose some with dataset.observations")
     elif cameras and not config.backbone.get("resize_shape"):
         _, height, width = next(iter(cameras.values()))
-        yield from check_crop(config.backbone.get("crop_shape"), [height, width], "the recorded picture")
+        crop = config.backbone.get("crop_shape")
+        yield from check_crop(crop, [height, width], "the recorded picture")
+        if config.uses_images and not crop:
+            yield from check_sight([height, width], "backbone.resize_shape=[96,96]")
 
 
 def check_mirror(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
@@ -128,9 +132,10 @@ def check_episodes(mixture: Mixture) -> Iterator[Problem]:
 
 
 def check_samples(config: Config, mixture: Mixture) -> Iterator[Problem]:
-    """Check that what is left to train on, and what is held out, is long enough for a sample."""
+    """Check that what is left to train on, and what is held out, is long enough for a sample, and that it is seen."""
     dropped = config.drop_n_last_frames
     splits = mixture.splits(config.dataset.val_fraction, config.seed)
+    yield from check_validation(config, mixture, [held_out for _, held_out in splits])
     for source, (training, held_out) in zip(mixture.sources, splits, strict=True):
         for purpose, indices in (("to train on", training), ("held out", held_out)):
             rows = source.metadata.rows_of(indices)
@@ -139,3 +144,25 @@ def check_samples(config: Config, mixture: Mixture) -> Iterator[Problem]:
                     f"none of the {len(rows)} episodes {purpose} of {source.key} ({source.metadata.root}) is longer "
                     f"than policy.drop_n_last_frames={dropped}: lower it, or choose other episodes"
                 )
+
+
+def check_validation(config: Config, mixture: Mixture, held_out: list[list[int]]) -> Iterator[Problem]:
+    """Check that each source that holds episodes out has samples in the validation loss, so that its own is measured.
+
+    Args:
+        held_out: episodes of each source, in its own numbers.
+    """
+    most = config.validation.max_samples
+    frames = [
+        [int(row["length"]) for row in s.metadata.rows_of(e)] for s, e in zip(mixture.sources, held_out, strict=True)
+    ]
+    counts = tuple(sum(max(length - config.drop_n_last_frames, 0) for length in lengths) for lengths in frames)
+    seen = sources_of(spread(sum(counts), most), counts) if sum(counts) else {}
+    for number, (source, count) in enumerate(zip(mixture.sources, counts, strict=True)):
+        if count and number not in seen:
+            yield Problem(
+                f"validation.max_samples={most} of the {sum(counts)} held-out samples leave none of the {count} of "
+                f"{source.key} ({source.metadata.root}), so there is no val_loss_{number}: use "
+                f"validation.max_samples={-(-sum(counts) // count)}, or more",
+                is_error=False,
+            )

@@ -133,3 +133,18 @@ def test_other_names_are_a_warning(make_dataset, caplog: pytest.LogCaptureFixtur
     assert "name the numbers of action differently" in caplog.text
     with pytest.raises(InputError, match="differently"):
         check(f"dataset.sources=[{roots[0]}, {roots[1]}]", "strict=true")
+
+
+def test_a_source_that_validation_would_not_see_is_a_warning(make_dataset, caplog: pytest.LogCaptureFixture) -> None:
+    large, little = make_dataset(lengths=(200, 200)), make_dataset(lengths=(5, 5))
+    sources = f"dataset.sources=[{large}, {little}, {large.parent / 'again'}]"
+    (large.parent / "again").symlink_to(make_dataset(lengths=(200, 200)))
+    with caplog.at_level(logging.WARNING):
+        check(sources, "validation.max_samples=10")
+    assert (
+        "validation.max_samples=10 of the 402 held-out samples leave none of the 4 of dataset.sources[1]" in caplog.text
+    )
+    assert "so there is no val_loss_1: use validation.max_samples=101, or more" in caplog.text
+    caplog.clear()
+    check(sources, "validation.max_samples=101")
+    assert not caplog.text

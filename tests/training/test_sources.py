@@ -80,7 +80,7 @@ def test_other_data_in_the_same_place_are_refused(tiny: Any, tmp_path: Path, roo
         tiny.resume(tmp_path / "run", mixed(roots[1], roots[0])[1], "training.max_steps=4")
 
 
-# --- the validation loss of each ---------------------------------------------------------------------------------------
+# --- the validation loss of each --------------------------------------------------------------------------------------
 
 
 def alone(trainer: Any, config: Any, source: int, part: slice) -> float:
