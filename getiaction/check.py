@@ -35,8 +35,9 @@ def check(overrides: list[str]) -> list[str]:
     run.check_buildable(config, mixture)
     policy = build_policy(config, build_features(config, mixture.metadata), {}, fetch_weights=False, device="meta")
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
-    training = config.training
-    batch = training.batch_size * training.gradient_accumulation_steps * config.hardware.num_processes
+    training, hardware = config.training, config.hardware
+    processes = hardware.num_processes * hardware.num_nodes
+    batch = training.batch_size * training.gradient_accumulation_steps * processes
     lengths = {"steps": training.max_steps, "epochs": training.max_epochs}
     return [
         f"policy: {parameters:.1f} M parameters, sees {', '.join(policy.features.observation_keys)}",

@@ -25,12 +25,12 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         InputError: the config or the dataset cannot work; nothing has been decoded or written yet.
         TrainingError: the run cannot go on.
     """
-    import torch
     from safetensors import SafetensorError
 
     from getiaction.config import run
     from getiaction.config.checks import check_config
     from getiaction.config.dataset_checks import check_dataset
+    from getiaction.config.memory import memory_advice, ran_out
     from getiaction.config.record import check_folder, write_result, write_run_files
     from getiaction.config.sources import find_data
     from getiaction.files import claimed, is_full
@@ -57,8 +57,10 @@ def train(config: Config, folder: Path) -> dict[str, float]:
                 log.info("picture: %s", picture)
             log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
             write_result(folder, trainer.step, metrics)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(run.memory_advice(config, accelerator)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise TrainingError(memory_advice(config, accelerator)) from error
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise

@@ -150,6 +150,19 @@ def build_policy(
             )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
+    except RuntimeError as error:
+        if device != "meta":
+            raise
+        raise InputError(f"the policy is larger than any memory ({error}): lower {sizes(config)}") from error
+
+
+def sizes(config: Config) -> str:
+    """Return what makes a policy large, as overrides."""
+    chosen = {"unet": ("down_dims", "diffusion_step_embed_dim", "kernel_size"), "backbone": ("num_keypoints",)}
+    groups = {name: getattr(config, name) for name in chosen}
+    return " or ".join(
+        f"{name}.{key}={groups[name][key]}" for name, keys in chosen.items() for key in keys if key in groups[name]
+    )
 
 
 def build_optimizer(

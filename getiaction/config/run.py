@@ -27,13 +27,16 @@ from getiaction.config.build import (
 from getiaction.config.data import build_batches, load_data, split
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
 from getiaction.config.fine_tuning import check_init_from, start_from
+from getiaction.config.memory import check_memory
 from getiaction.config.precision import choose_precision
+from getiaction.config.problems import report
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.data.episodes import Episodes
 from getiaction.data.mixture import Mixture
 from getiaction.data.statistics import compute_statistics
+from getiaction.errors import InputError
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.policy import DiffusionPolicy
@@ -174,7 +177,25 @@ def check_buildable(config: Config, mixture: Mixture) -> None:
         check_init_from(config, policy)
     if config.evaluates:
         check_environment(build_environment(config.env), features)
-    build_lr_scheduler(config, build_optimizer(config, [nn.Parameter(torch.zeros(1))]), 1)
+    report(list(check_memory(config, policy)), strict=config.strict)
+    check_optimizer(config)
+
+
+def check_optimizer(config: Config) -> None:
+    """Take a step with the optimiser and its schedule: some look at what they are given only then.
+
+    Raises:
+        InputError: they cannot be built, or take no step.
+    """
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = build_optimizer(config, [weight])
+    schedule = build_lr_scheduler(config, optimizer, 1)
+    try:
+        optimizer.step()
+        schedule.step()
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise InputError(f"optimizer takes no step with what it is given ({error}): {config.optimizer}") from error
 
 
 def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
@@ -229,23 +250,3 @@ def announce(trainer: Trainer, mixture: Mixture, episodes: Episodes, scale_lr: s
     split = f"{share.batch_size} per device x {share.processes} processes x {share.accumulation} accumulation"
     rate = f"learning rate {trainer.optimizer.param_groups[0]['initial_lr']:.3g} (optimizer.scale_lr={scale_lr})"
     log.info("batch: %s = %d; %d steps, %.1f epochs; %s", split, share.global_batch_size, plan.max_steps, epochs, rate)
-
-
-def memory_advice(config: Config, accelerator: Accelerator) -> str:
-    """Return what helps when the device has no memory left, as overrides ready to paste."""
-    training, backbone = config.training, config.backbone
-    remedies = [
-        f"training.batch_size={max(training.batch_size // 2, 1)} "
-        f"training.gradient_accumulation_steps={training.gradient_accumulation_steps * 2}   # the same global batch"
-    ]
-    if dims := config.unet.get("down_dims"):
-        remedies.append(f"unet.down_dims='[{','.join(str(dim // 2) for dim in dims)}]'   # a smaller U-Net")
-    if side := backbone.get("crop_shape") or backbone.get("resize_shape"):
-        smaller = ",".join(str(size * 3 // 4) for size in side)
-        remedies.append(f"backbone.resize_shape='[{smaller}]' backbone.crop_shape=null   # smaller pictures")
-    if accelerator.device.type == "cuda":
-        remedies.append("hardware.data_placement=host   # the data stay in the host's memory")
-    if accelerator.mixed_precision == "no":
-        remedies.append("hardware.mixed_precision=auto   # half the memory for activations")
-    lines = "\n  ".join(remedies)
-    return f"{accelerator.device} has no memory left; what was saved stays. Any of these helps:\n  {lines}"

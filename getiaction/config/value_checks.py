@@ -69,6 +69,7 @@ MOST = {
     "seed": 2**63 - 1,
     "evaluation.seed": 2**63 - 1,
     "scheduler.num_train_timesteps": 100_000,  # its tables are made at once
+    "hardware.num_threads": 1024,  # all of them start at once; with many more than cores, nothing gets done
 }
 OF_TYPE: dict[str, tuple[type, str]] = {  # in groups that stay open, so that the schema does not type them
     "backbone.resnet": (str, "the name of a torchvision ResNet"),
@@ -90,6 +91,7 @@ POSITIVE = (
     "scheduler.clip_sample_range",
     "scheduler.shift",
 )
+DECAYS = ("optimizer.weight_decay", "optimizer.betas")
 MAY_BE_NULL = ("backbone.weights", "backbone.resize_shape", "backbone.crop_shape", "optimizer.fused")
 
 
@@ -129,7 +131,7 @@ def check_values(config: Config) -> Iterator[Problem]:
 
 def check_nulls(config: Config) -> Iterator[Problem]:
     """Check that what an open group has is not null, where null means nothing."""
-    for key in (*CHOICES, *AT_LEAST, *OF_TYPE, *POSITIVE, "unet.down_dims"):
+    for key in (*CHOICES, *AT_LEAST, *OF_TYPE, *POSITIVE, *DECAYS, "unet.down_dims"):
         group, _, name = key.partition(".")
         values = getattr(config, group)
         if isinstance(values, dict) and name in values and values[name] is None and key not in MAY_BE_NULL:
@@ -137,7 +139,7 @@ def check_nulls(config: Config) -> Iterator[Problem]:
 
 
 def check_shares(config: Config) -> Iterator[Problem]:
-    """Check the numbers between 0 and 1."""
+    """Check the numbers between 0 and 1, and the optimiser's decays."""
     if not 0 <= config.training.observation_noise <= 1:
         yield Problem(
             f"training.observation_noise={config.training.observation_noise} must be in [0, 1], a share of half the "
@@ -149,6 +151,13 @@ def check_shares(config: Config) -> Iterator[Problem]:
         )
     if not 0 <= config.ema.max_decay < 1:
         yield Problem(f"ema.max_decay={config.ema.max_decay} must be in [0, 1): 0.9999 is the reference")
+    decay, betas = (look_up(config, key) for key in DECAYS)
+    if decay is not None and not (is_number(decay) and decay >= 0):
+        yield Problem(f"optimizer.weight_decay={decay} must be a number of at least 0: 1e-6 is the reference")
+    if betas is not None and not (
+        isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+    ):
+        yield Problem(f"optimizer.betas={betas} must be two numbers in [0, 1): [0.95,0.999]")
 
 
 def check_shapes(config: Config) -> Iterator[Problem]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from accelerate import Accelerator
 
+from getiaction.check import check
 from getiaction.config.build import fetch_weights
 from getiaction.config.checks import check_config
 from getiaction.config.compose import compose
 from getiaction.config.dataset_checks import check_dataset
-from getiaction.config.run import memory_advice
+from getiaction.config.memory import memory_advice, ran_out
 from getiaction.config.sources import find_data
 from getiaction.errors import InputError
 from getiaction.policy.encoder import load_resnet
@@ -45,6 +47,13 @@ ERRORS = [
         ["hardware.num_nodes=2", "hardware.device=cpu"],
         "needs a place where they meet: hardware.rendezvous=<host>:29500",
     ),
+    (["optimizer.betas=[0.9,0.9,0.9]"], "optimizer.betas=[0.9, 0.9, 0.9] must be two numbers in [0, 1)"),
+    (["optimizer.betas=null"], "optimizer.betas=null means nothing"),
+    (["optimizer.weight_decay=x"], "optimizer.weight_decay=x must be a number of at least 0"),
+    (["optimizer.betas=0.9"], "optimizer.betas=0.9 must be two numbers"),
+    (["hardware.num_threads=1000000000"], "a whole number of at least 1, and at most 1024"),
+    (["scheduler.beta_schedule=linear", "scheduler.beta_end=2"], "must add some noise at each step"),  # NaN
+    (["scheduler.beta_schedule=linear", "scheduler.beta_start=1e-9"], "scheduler.beta_start=1e-09"),  # 1 - 1e-9 is 1
     (["optimizer.lr=-1"], "optimizer.lr=-1 must be a positive number"),
     (["optimizer.lr=.nan"], "must be a positive number"),
     (["training.max_steps=null"], "training.max_steps and training.max_epochs are both null"),
@@ -125,6 +134,43 @@ def test_advice_on_memory_can_be_pasted(preset: str) -> None:
     for line in lines:
         remedy = [word.replace("'", "") for word in line.split("#")[0].split()]
         check_config(compose([*overrides, *remedy]))
+
+
+TOO_LARGE = [
+    (["training.batch_size=1000000000"], "training.batch_size=1000000000 x training.gradient_accumulation_steps=1 x 1"),
+    (
+        ["training.gradient_accumulation_steps=100000000"],
+        "steps=100000000 x 1 processes",
+    ),
+    (
+        ["unet.diffusion_step_embed_dim=1000000"],
+        "lower unet.down_dims=[16, 32] or unet.diffusion_step_embed_dim=1000000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), TOO_LARGE, ids=lambda value: value[0])
+def test_what_no_memory_holds_is_refused_before_any_is_taken(overrides: list[str], message: str, make_dataset) -> None:
+    small = ["+preset=pusht_cpu", "dataset.episodes=null", "backbone=none", "unet.down_dims=[16,32]"]
+    with pytest.raises(InputError) as raised:
+        check([*small, f"dataset.root={make_dataset(cameras=(), lengths=(20, 20))}", *overrides])
+    assert message in str(raised.value)
+
+
+def test_recorded_pictures_that_show_nothing_are_refused(make_dataset) -> None:
+    root = make_dataset(cameras=("observation.image",), image_size=(32, 32), lengths=(20, 20))
+    sees = ["+preset=pusht_cpu", "dataset.episodes=null", f"dataset.root={root}", "backbone.resize_shape=null"]
+    with pytest.raises(InputError, match=r"pictures of \[32, 32\] .* use backbone.resize_shape=\[96,96\]"):
+        check(sees)
+    check([*sees, "backbone.resize_shape=[96,96]"])
+
+
+def test_an_error_of_memory_is_told_from_others() -> None:
+    for fill in (torch.empty, np.empty):
+        with pytest.raises((RuntimeError, MemoryError)) as raised:
+            fill(10**16)
+        assert ran_out(raised.value)
+    assert not ran_out(RuntimeError("shapes differ"))
 
 
 def test_all_errors_come_at_once() -> None:
