@@ -187,6 +187,10 @@ def explain(error: Exception, config_name: str) -> str:
         if having := choices_with(key, config_name):
             group = key.split(".")[0]
             return f"{key} is not in the {group} that is chosen: choose one that has it, {group}=<{'|'.join(having)}>"
+        if key in known_keys(config_name) and key.count(".") > 2:  # mirror.features.observation.state.order
+            group, part, *names, last = key.split(".")
+            whole = f"'{group}.{part}={{{'.'.join(names)}: {{{last}: ...}}}}'"
+            return f"{key} has a name with a dot in it, or is not in the {group} that is chosen: write {whole}"
         return f"{key} does not exist: {nearest(key, known_keys(config_name))}--cfg job shows every key"
     full_key = None if text.startswith("training.resume") else getattr(error, "full_key", None)
     first = text.splitlines()[0] if text else type(error).__name__

@@ -37,6 +37,8 @@ class Mirror:
             if unknown := sorted(set(entry) - known):
                 raise ValueError(f"features.{key} has {unknown}: use some of {sorted(known)}")
             if is_camera(key):
+                if not isinstance(entry.get("flip", ()), list | tuple):
+                    raise ValueError(f"features.{key}.flip={entry['flip']} must be a list of some of {sorted(SIDES)}")
                 if wrong := sorted(set(entry.get("flip", ())) - set(SIDES)):
                     raise ValueError(f"features.{key}.flip={wrong} must be some of {sorted(SIDES)}")
                 if self.source(self.source(key)) != key:
@@ -45,9 +47,13 @@ class Mirror:
                 if not torch.equal(self.picture(key, self.picture(self.source(key), pixels)), pixels):
                     raise ValueError(f"features.{key}: mirrored twice, it must be what it was")
                 continue
-            order = list(entry.get("order", ()))
+            for name in ("order", "scale", "offset"):
+                if not are_numbers(entry.get(name, 0.0)):
+                    raise ValueError(f"features.{key}.{name}={entry[name]} must be a number, or a list of numbers")
+            order = entry.get("order")
+            order = list(order) if isinstance(order, list | tuple) else []
             if sorted(order) != list(range(len(order))) or not order:
-                raise ValueError(f"features.{key}.order={order} must name each place once, counted from 0")
+                raise ValueError(f"features.{key}.order={entry.get('order')} must name each place once, counted from 0")
             if any(np.size(entry.get(name, 0.0)) not in (1, len(order)) for name in ("scale", "offset")):
                 raise ValueError(f"features.{key}: scale and offset must be one number each, or {len(order)}")
             probe = torch.arange(1.0, len(order) + 1, dtype=torch.float64)
@@ -88,3 +94,8 @@ class Mirror:
         """Return the features of a policy that this says nothing of: its observations, and the action."""
         wanted = [*observations, ACTION]
         return [key for key in wanted if key not in self.features]
+
+
+def are_numbers(value: Any) -> bool:
+    """Tell whether something is a number, or a list of numbers."""
+    return all(isinstance(part, int | float) for part in (value if isinstance(value, list | tuple) else [value]))

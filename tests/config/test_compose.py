@@ -22,6 +22,10 @@ MISTAKES = [
     (["dataset.episodes=[one]"], "dataset.episodes[0]: Value 'one'"),
     (["training.resume=nowhere"], "training.resume=nowhere is no run folder"),
     (["backbone=none", "backbone.norm=group"], "choose one that has it, backbone=<resnet18"),
+    (
+        ["mirror=pusht", "mirror.features.observation.state.order=[0,1]"],
+        "write 'mirror.features={observation.state: {order: ...}}'",
+    ),
     (["training.max_steps="], "training.max_steps"),
     (["a=[1"], "a=[1"),
 ]
@@ -34,6 +38,11 @@ def test_a_mistake_is_answered_with_the_nearest_name(overrides: list[str], messa
     with pytest.raises(InputError) as raised:
         compose(overrides)
     assert message in str(raised.value)
+
+
+def test_an_entry_whose_name_has_a_dot_can_be_set_as_the_message_says() -> None:
+    config = compose(["mirror=pusht", "mirror.features={observation.state: {order: [0,1]}}"])
+    assert config.mirror["features"]["observation.state"] == {"order": [0, 1], "scale": -1.0, "offset": 512.0}
 
 
 def test_the_issues_example_composes() -> None:

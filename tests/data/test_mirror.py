@@ -133,6 +133,10 @@ def test_statistics_are_those_of_both_sides(toy_episodes: Any) -> None:
     ("features", "text"),
     [
         ({ACTION: {"order": [0, 2]}}, "must name each place once"),
+        ({ACTION: {"order": 1}}, "must name each place once"),
+        ({ACTION: {"order": [0], "scale": "x"}}, "features.action.scale=x must be a number, or a list of numbers"),
+        ({ACTION: {"order": ["a"]}}, "must be a number, or a list of numbers"),
+        ({OBS_IMAGE: {"flip": 1}}, "flip=1 must be a list"),
         ({ACTION: {"order": [1, 2, 0]}}, "mirrored twice, it must be what it was"),
         ({ACTION: {"order": [0, 1], "scale": 2.0}}, "mirrored twice"),
         ({ACTION: {"order": [0], "sign": -1}}, r"features.action has \['sign'\]"),
