@@ -31,6 +31,7 @@ from getiaction.training.ranks import Watchdog, from_main, share_buffers
 from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)
+LOWER = "the weights are out of range; lower optimizer.lr, or clip: training.max_grad_norm=10.0"
 AGREE_EVERY = 10  # steps between questions of several processes to each other whether to stop
 
 
@@ -207,6 +208,10 @@ class Trainer:
                     measured = self.validator(self.best)
                 self.latest.update(measured)
                 self.metrics.write(self.step, **measured)
+                if not math.isfinite(measured["val_loss"]):  # of a last step that no training loss will tell of
+                    log.warning(
+                        "warning: the validation loss at step %d is %s: %s", self.step, measured["val_loss"], LOWER
+                    )
                 tqdm.write("  ".join([f"step {self.step}", *(f"{key} {value:.4f}" for key, value in measured.items())]))
             self.accelerator.wait_for_everyone()
 

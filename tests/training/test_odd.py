@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from getiaction.config.overrides import as_override
-from getiaction.errors import InputError
+from getiaction.data.batches import TrainingBatches
+from getiaction.errors import InputError, TrainingError
 from getiaction.training.metrics import read_metrics
 
 SHAPE = {"cameras": ("observation.image",), "image_size": (48, 48), "state_dim": 2, "action_dim": 2, "fps": 10}
@@ -183,3 +185,23 @@ def test_data_that_are_gone_are_one_message_though_their_pictures_are_cached(
     [cached] = (tmp_path / "cache/frames").iterdir()
     tiny.resume(tmp_path / "run", "training.max_steps=3", f"dataset.root={cached}")  # the cache is a dataset itself
     assert helpers.steps_saved(tmp_path / "run")[-1] == 3
+
+
+# --- runs that end badly ----------------------------------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_is_answered_with_what_helps(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingBatches, "step", lambda *_: torch.empty(10**16))
+    with pytest.raises(TrainingError, match=r"cpu has no memory left(.|\n)*training\.batch_size=2 "):
+        tiny.train(tmp_path / "run")
+
+
+def test_weights_out_of_range_after_the_last_step_are_a_warning(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = ("optimizer.lr=1e30", "lr_scheduler.name=constant", "lr_scheduler.num_warmup_steps=0")
+    metrics = tiny.train(tmp_path / "run", *overrides, "training.max_steps=1", "ema.enabled=false")
+    assert "warning: the validation loss at step 1 is nan: the weights are out of range" in caplog.text
+    assert metrics["loss"] < 10
