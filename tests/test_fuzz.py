@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +18,22 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from getiaction.check import check
+from getiaction.config.build import build_features, build_policy
 from getiaction.config.compose import CONF_DIR, compose, known_keys
 from getiaction.config.data import load_data, make_windows
 from getiaction.config.run import start_accelerator
+from getiaction.config.schema import Config
 from getiaction.config.sources import find_data
+from getiaction.config.value_checks import CHOICES
 from getiaction.data.statistics import compute_statistics
-from getiaction.errors import InputError
+from getiaction.errors import InputError, TrainingError
+from getiaction.train import train
 
+FURTHER = int(os.environ.get("FUZZ", "0"))
+"""Examples of a longer look: FUZZ=500 pytest tests/test_fuzz.py --hypothesis-seed=1 -k any_config, a second each."""
 BOUNDED = settings(
-    max_examples=40,
-    derandomize=True,  # CI is the same each time; `--hypothesis-seed` and more examples look further
+    max_examples=FURTHER or 40,
+    derandomize=not FURTHER,  # CI is the same each time
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -45,8 +52,18 @@ VALUES = (
     *("0.5", "-0.5", "1e-9", "1e30", ".nan", ".inf", "x", "''"),
     *("[]", "[0]", "[1,2]", "[96,96]", "[-1,5]", "[1.5,2]", "[a,b]", "{a:1}"),
 )
-LEAF = st.builds("{}={}".format, st.sampled_from(LEAVES), st.sampled_from(VALUES))
+LEAF = st.sampled_from(LEAVES).flatmap(
+    lambda key: st.builds("{}={}".format, st.just(key), st.sampled_from([*VALUES, *CHOICES.get(key, ())]))
+)
 GROUP = st.sampled_from([f"{group}={choice}" for group, choices in GROUPS.items() for choice in choices])
+
+ENOUGH = {  # what more of would only take longer, or more memory, which `check_memory` looks at
+    **{"training.batch_size": 4, "training.gradient_accumulation_steps": 3, "training.max_steps": 2},
+    **{"validation.max_samples": 8, "validation.max_sampled": 2, "hardware.num_threads": 2},
+    **{"evaluation.episodes": 1, "evaluation.final_episodes": 1, "env.max_steps": 12},
+    **{"evaluation.num_envs": 1, "evaluation.num_workers": 0},
+}
+LARGE = 50e6  # parameters that take minutes here
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +75,14 @@ def root(make_dataset: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _silent() -> Iterator[None]:
+def _silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # relative folders of a config
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+
+
+PICTURES = ("backbone=resnet18", "backbone.resize_shape=null", "backbone.crop_shape=null")
 
 
 def tiny(root: Path, *more: str) -> list[str]:
@@ -70,21 +91,68 @@ def tiny(root: Path, *more: str) -> list[str]:
     return ["+preset=pusht_cpu", *small, f"dataset.root={root}", *more]
 
 
-@BOUNDED
-@given(overrides=st.lists(st.one_of(LEAF, GROUP), min_size=1, max_size=3))
-@example(overrides=["optimizer.lr=null", "optimizer.scale_lr=linear"])
-@example(overrides=["optimizer.scale_lr=null"])
-@example(overrides=["unet=3"])
-@example(overrides=["tracker=[16]"])
-@example(overrides=["unet.kernel_size=null"])
-@example(overrides=["lr_scheduler='${seed}'"])
-@example(overrides=["~policy.horizon"])
-@example(overrides=["dataset.observations=[[1]]"])
-def test_any_config_works_or_says_why_not(root: Path, overrides: list[str]) -> None:
+def shorten(config: Config) -> None:
+    """Cap what only takes longer, and leave to other tests what starts processes, compilers or wandb."""
+    for key, most in ENOUGH.items():
+        group, name = key.split(".")
+        values = getattr(config, group)
+        values = values if isinstance(values, dict) else vars(values)
+        if values.get(name) is not None:
+            values[name] = min(values[name], most)
+    config.training.max_steps = config.training.max_steps or ENOUGH["training.max_steps"]  # null: epochs say
+    config.hardware.num_processes, config.hardware.compile = 1, False
+    if config.tracker.name == "wandb":
+        config.tracker.name = "local"
+
+
+def is_small(config: Config) -> bool:
+    """Tell whether a test can wait for the policy."""
+    features = build_features(config, find_data(config).metadata)
+    policy = build_policy(config, features, {}, fetch_weights=False, device="meta")
+    steps = config.policy.num_inference_steps or policy.num_train_timesteps
+    return sum(weight.numel() for weight in policy.parameters()) <= LARGE and max(steps, policy.horizon) <= 100
+
+
+def train_a_little(overrides: list[str], folder: Path) -> None:
+    """Train two steps of what a command line says, as the command would, to the last checkpoint and picture."""
+    config = compose([*overrides, "training.resume=null"])
+    shorten(config)
+    if is_small(config):
+        metrics = train(config, folder)
+        event("trained")
+        assert (folder / "checkpoints/last/pretrained_model/model.safetensors").exists()
+        assert "loss" in metrics
+
+
+@settings(BOUNDED, max_examples=FURTHER or 20)  # one in four trains, which takes a second
+@given(overrides=st.lists(st.one_of(LEAF, GROUP), min_size=1, max_size=3), sees=st.booleans())
+@example(overrides=["optimizer.lr=null", "optimizer.scale_lr=linear"], sees=False)
+@example(overrides=["optimizer.scale_lr=null"], sees=False)
+@example(overrides=["unet=3"], sees=False)
+@example(overrides=["tracker=[16]"], sees=False)
+@example(overrides=["unet.kernel_size=null"], sees=False)
+@example(overrides=["lr_scheduler='${seed}'"], sees=False)
+@example(overrides=["~policy.horizon"], sees=False)
+@example(overrides=["dataset.observations=[[1]]"], sees=False)
+@example(overrides=["optimizer.betas=[0.9,0.9,0.9]"], sees=False)
+@example(overrides=["hardware.num_threads=1000000000"], sees=False)
+@example(overrides=["training.batch_size=1000000000"], sees=False)
+@example(overrides=["unet.diffusion_step_embed_dim=1000000000"], sees=False)
+@example(overrides=["backbone.num_keypoints=1000000000"], sees=True)
+@example(overrides=["scheduler.beta_schedule=linear", "scheduler.beta_end=2"], sees=False)
+@example(overrides=["scheduler.beta_schedule=linear", "scheduler.beta_start=1e-9"], sees=False)
+def test_any_config_works_or_says_why_not(root: Path, tmp_path: Path, overrides: list[str], sees: bool) -> None:
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    given = tiny(root, *(PICTURES if sees else ()), *overrides)
     try:
-        event("works" if check(tiny(root, *overrides)) else "")
+        check(given)
+        event("passed")
+        train_a_little(given, folder)
     except InputError:
         event("refused")
+    except TrainingError:
+        event("ended with advice")
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -158,8 +226,7 @@ def test_any_dataset_is_read_or_refused(root: Path, tmp_path: Path, changes: lis
     shutil.copytree(root, copy)
     for change in changes:
         change(copy)
-    pictures = ("backbone=resnet18", "backbone.resize_shape=null", "backbone.crop_shape=null") if sees else ()
-    overrides = tiny(copy, f"dataset.cache_dir={tmp_path / 'cache'}", *pictures)
+    overrides = tiny(copy, f"dataset.cache_dir={tmp_path / 'cache'}", *(PICTURES if sees else ()))
     try:
         check(overrides)
         config = compose(overrides)
