@@ -10,8 +10,6 @@ import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from torch import Tensor
-
 from getiaction.config.problems import Problem, report
 from getiaction.config.schema import Config
 from getiaction.config.sources import check_sources
@@ -148,7 +146,12 @@ def check_noise(config: Config) -> Iterator[Problem]:
     scheduler, policy = config.scheduler, config.policy
     noise_scheduler = build_noise_scheduler(config)
     steps = int(noise_scheduler.config.num_train_timesteps)
-    if not adds_noise(noise_scheduler.alphas_cumprod):
+    try:
+        noising = Noising(noise_scheduler, scheduler.get("prediction_type"))
+    except ValueError as error:
+        yield Problem(str(error))
+        return
+    if not adds_noise(noising):
         yield Problem(
             f"scheduler.beta_schedule={scheduler.get('beta_schedule')} with scheduler.beta_start="
             f"{scheduler.get('beta_start')} and scheduler.beta_end={scheduler.get('beta_end')} must add some noise at "
@@ -167,11 +170,7 @@ def check_noise(config: Config) -> Iterator[Problem]:
             f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: {name} "
             f"takes a step twice there, and acts with NaN: use policy.num_inference_steps={max(steps // 5, 1)}"
         )
-    try:
-        alpha = float(Noising(noise_scheduler, scheduler.get("prediction_type")).signal[-1]) ** 2
-    except ValueError as error:
-        yield Problem(str(error))
-        return
+    alpha = float(noising.signal[-1]) ** 2
     if alpha > NOISE_REACHED:
         yield Problem(
             f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} "
@@ -189,9 +188,9 @@ def check_noise(config: Config) -> Iterator[Problem]:
         )
 
 
-def adds_noise(alphas_cumprod: Tensor) -> bool:
-    """Tell whether what the steps leave of the actions, (steps,), is a share: not NaN, and never all of them."""
-    return bool(((alphas_cumprod >= 0) & (alphas_cumprod < 1)).all())
+def adds_noise(noising: Noising) -> bool:
+    """Tell whether each step adds some noise, and keeps a share of the actions that is a number."""
+    return bool((noising.signal.isfinite() & (noising.noise > 0)).all())
 
 
 def check_training(config: Config) -> Iterator[Problem]:

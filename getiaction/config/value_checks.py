@@ -89,7 +89,6 @@ POSITIVE = (
     "scheduler.beta_start",
     "scheduler.beta_end",
     "scheduler.clip_sample_range",
-    "scheduler.shift",
 )
 DECAYS = ("optimizer.weight_decay", "optimizer.betas")
 MAY_BE_NULL = ("backbone.weights", "backbone.resize_shape", "backbone.crop_shape", "optimizer.fused")
@@ -151,6 +150,11 @@ def check_shares(config: Config) -> Iterator[Problem]:
         )
     if not 0 <= config.ema.max_decay < 1:
         yield Problem(f"ema.max_decay={config.ema.max_decay} must be in [0, 1): 0.9999 is the reference")
+    shift = look_up(config, "scheduler.shift")
+    if shift is not None and not (is_number(shift) and 0.01 <= shift <= 100):
+        yield Problem(
+            f"scheduler.shift={shift} must be a number from 0.01 to 100: 1 is straight, 3 dwells in the noise"
+        )
     decay, betas = (look_up(config, key) for key in DECAYS)
     if decay is not None and not (is_number(decay) and decay >= 0):
         yield Problem(f"optimizer.weight_decay={decay} must be a number of at least 0: 1e-6 is the reference")
