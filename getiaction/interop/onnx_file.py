@@ -1,75 +1,31 @@
 """Write a policy as one ONNX file: observations and noise in, an action chunk out, the sampler inside.
 
 Everything is in the graph: resizing, cropping and normalising, the encoder, the observations' part of every FiLM layer
-(computed once), the denoising steps one after the other, and the way back to the dataset's units.
+(computed once), the denoising step in a loop, and the way back to the dataset's units.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from getiaction.errors import InputError
+from getiaction.interop.onnx_graph import CHUNK, NOISE, PARTS, STEP_NOISE, ChunkGraph, in_order, to_onnx
 from getiaction.keys import ACTION, is_camera
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.steps import clip_of, known_steps
 
-NOISE, CHUNK, STEP_NOISE = "noise", "action", "step_noise"
 LARGEST = 1.9e9  # bytes of weights in one file, whose format ends at 2 GiB
 CLOSE = 1e-4  # of the range of the actions: how far ONNX Runtime may be from PyTorch
-
-
-class ChunkGraph(nn.Module):
-    """Do what `DiffusionPolicy.predict_action_chunk` does, as a graph without randomness.
-
-    Args:
-        policy: in evaluation mode, on the CPU.
-        num_inference_steps: S.
-
-    Raises:
-        InputError: its scheduler carries something from step to step, as DPM-Solver does.
-    """
-
-    def __init__(self, policy: DiffusionPolicy, num_inference_steps: int) -> None:
-        super().__init__()
-        known = known_steps(policy.noise_scheduler, num_inference_steps)
-        if known is None:
-            raise InputError(
-                f"scheduler={type(policy.noise_scheduler).__name__} cannot be exported: use --scheduler ddpm or ddim"
-            )
-        self.policy, self.keys = policy, policy.features.observation_keys
-        self.timesteps, self.steps = known
-        self.clip = clip_of(policy.noise_scheduler)
-        self.draws = [number for number, step in enumerate(self.steps) if step.s]  # steps that add noise
-
-    def forward(self, noise: Tensor, step_noise: Tensor | None, *observations: Tensor) -> Tensor:
-        """Return (B, Ta, Da).
-
-        Args:
-            noise: (B, T, Da), standard normal.
-            step_noise: (steps that add noise, B, T, Da), standard normal; None where none does.
-            observations: one tensor for each of `keys`, (B, To, ...) raw units, pictures uint8.
-        """
-        policy, unet = self.policy, self.policy.diffusion.unet
-        prepared = policy.prepare(dict(zip(self.keys, observations, strict=True)))
-        films = unet.modulation(self.timesteps, policy.encode(policy.normalizer(prepared)))
-        sample = noise
-        for number, step in enumerate(self.steps):
-            output = unet.denoise(sample, [film[number] for film in films])
-            fresh = step_noise[self.draws.index(number)] if step.s and step_noise is not None else None
-            sample = step.take(output, sample, self.clip, fresh)
-        return policy.executed(sample)
+PATIENCE = 2.0  # seconds for a latency: a chunk of a hundred steps can take one
 
 
 def example(policy: DiffusionPolicy, graph: ChunkGraph, batch_size: int = 1) -> dict[str, Tensor]:
@@ -123,8 +79,10 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a folder that cannot be written to is known before the work
-        onnx.save(to_onnx(graph, inputs), temporary)
-        compared = compare(temporary, graph, inputs)
+        with exporting_bar() as bar:
+            onnx.save(to_onnx(graph, inputs, bar), temporary)
+            bar.set_postfix_str("compared with PyTorch")
+            compared = compare(temporary, graph, inputs)
         if not compared.difference <= CLOSE:  # NaN is not
             raise InputError(
                 f"{path} was not written: ONNX Runtime and PyTorch differ by {compared.difference:.1e} of the actions' "
@@ -139,34 +97,15 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
     return compared
 
 
-def to_onnx(graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> Any:
-    """Return the ONNX model of a graph, with what a control loop must know in its metadata."""
-    policy = graph.policy
-    described = {
-        "n_obs_steps": policy.n_obs_steps,
-        "horizon": policy.horizon,
-        "n_action_steps": policy.n_action_steps,
-        "num_inference_steps": len(graph.steps),
-        "scheduler": type(policy.noise_scheduler).__name__,
-        "observations": list(graph.keys),
-    }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            graph, in_order(graph, inputs), input_names=list(inputs), output_names=[CHUNK], dynamo=True, verbose=False
-        )
-    assert program is not None
-    model = program.model_proto
-    for key, value in described.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-    return model
-
-
-def in_order(graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """Return inputs as `ChunkGraph.forward` takes them."""
-    return (inputs[NOISE], inputs.get(STEP_NOISE), *(inputs[key] for key in graph.keys))
+def exporting_bar() -> tqdm:
+    """Return the progress bar: the parts of the graph, and the comparison with PyTorch. They are no measure of time."""
+    return tqdm(
+        total=PARTS + 1,
+        desc="exporting",
+        leave=False,
+        dynamic_ncols=True,
+        bar_format="{desc}: {n_fmt} of {total_fmt} parts [{elapsed}{postfix}]",
+    )
 
 
 def compare(path: Path, graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> Comparison:
@@ -201,9 +140,9 @@ def kind(onnx_type: str) -> str:
 
 
 def milliseconds(call: Callable[[], Any], rounds: int = 10) -> float:
-    """Return the median time of a call, after two to warm up."""
-    taken = []
-    for _ in range(2 + rounds):
+    """Return the median time of a call, after two to warm up; of fewer rounds, but three, when they take seconds."""
+    taken: list[float] = []
+    while len(taken) < 2 + rounds and (len(taken) < 5 or sum(taken) < PATIENCE):
         begin = time.perf_counter()
         call()
         taken.append(time.perf_counter() - begin)

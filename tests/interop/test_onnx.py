@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -135,6 +136,54 @@ def test_its_metadata_say_how_to_use_it(exported: dict[str, Any]) -> None:
     assert (STEP_NOISE in exported["inputs"]) == (said["scheduler"] == "DDPMScheduler")
 
 
+# --- many steps -------------------------------------------------------------------------------------------------------
+
+MANY = 100
+
+
+@pytest.fixture(scope="module", params=[DDPMScheduler, DDIMScheduler])
+def of_many_steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a policy that takes a hundred steps, its file, inputs and the actions that PyTorch takes for them."""
+    policy, path = make("states"), tmp_path_factory.mktemp("onnx") / "policy.onnx"
+    policy.noise_scheduler = request.param(MANY, **SQUARED)
+    export_onnx(path, policy, num_inference_steps=MANY)
+    inputs = example(policy, graph := ChunkGraph(policy, MANY))
+    with torch.no_grad():
+        actions = graph(*in_order(graph, inputs)).numpy()
+    fed = {key: value.numpy() for key, value in inputs.items()}
+    return {"policy": policy, "path": path, "inputs": fed, "actions": actions}
+
+
+def test_the_graph_does_not_grow_with_the_steps(of_many_steps: dict[str, Any]) -> None:
+    import onnx
+
+    model = onnx.load(of_many_steps["path"])
+    (loop,) = (node for node in model.graph.node if node.op_type == "Scan")
+    (step,) = (attribute.g for attribute in loop.attribute if attribute.name == "body")
+    assert len(model.graph.node) + len(step.node) < 4 * MANY  # a step alone has more than a hundred
+    held = sum(math.prod(weights.dims) for graph in (model.graph, step) for weights in graph.initializer)
+    weights = sum(weight.numel() for weight in of_many_steps["policy"].parameters())
+    assert held < weights + 100 * MANY  # each weight once, and what differs from step to step
+
+
+def test_onnx_runtime_takes_many_steps_the_same(of_many_steps: dict[str, Any]) -> None:
+    import onnxruntime
+
+    fed = of_many_steps["inputs"]
+    assert fed["noise"].shape == (1, 8, 2)
+    drawn = (MANY - 1, 1, 8, 2) if isinstance(of_many_steps["policy"].noise_scheduler, DDPMScheduler) else None
+    assert (fed[STEP_NOISE].shape if STEP_NOISE in fed else None) == drawn
+    (actions,) = onnxruntime.InferenceSession(of_many_steps["path"]).run(["action"], fed)
+    np.testing.assert_allclose(actions, of_many_steps["actions"], rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_takes_many_steps_the_same(of_many_steps: dict[str, Any]) -> None:
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(of_many_steps["path"]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (actions,) = compiled(of_many_steps["inputs"]).values()
+    np.testing.assert_allclose(actions, of_many_steps["actions"], rtol=1e-3, atol=1e-3)
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +210,7 @@ def test_a_run_is_exported_with_another_sampler(keypoints_run: Path, tmp_path: P
     code, said = run(str(keypoints_run), "--output", str(path), *more)
     assert code == 0, said
     assert "DDIMScheduler, 3 denoising steps" in said
+    assert "exporting: 1 of 4 parts" in said  # while it works
     assert "observation.environment_state" in said
     assert list(path.parent.iterdir()) == [path]
     assert load_policy(keypoints_run / "checkpoints/last/pretrained_model").num_inference_steps != 3  # left as it was
