@@ -45,7 +45,8 @@ def measure(checkpoint: Path, sampler: str, arguments: argparse.Namespace) -> di
     with tempfile.TemporaryDirectory() as folder:
         summary = evaluation.run(policy, Path(folder), {})
     torch_ms = measure_latency(policy, environment, steps)
-    onnx_ms = measure_onnx(policy, steps) if known_steps(policy.noise_scheduler, steps) else None
+    known = known_steps(policy.noise_scheduler, steps, policy.prediction_type)
+    onnx_ms = measure_onnx(policy, steps) if known else None
     chunk_ms = policy.n_action_steps / arguments.hz * 1e3
     return {
         "sampler": name,

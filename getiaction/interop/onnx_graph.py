@@ -42,7 +42,7 @@ class ChunkGraph(nn.Module):
 
     def __init__(self, policy: DiffusionPolicy, num_inference_steps: int) -> None:
         super().__init__()
-        known = known_steps(policy.noise_scheduler, num_inference_steps)
+        known = known_steps(policy.noise_scheduler, num_inference_steps, policy.prediction_type)
         if known is None:
             raise InputError(
                 f"scheduler={type(policy.noise_scheduler).__name__} cannot be exported: use --scheduler ddpm or ddim"

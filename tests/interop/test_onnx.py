@@ -14,7 +14,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from getiaction.errors import InputError
@@ -34,6 +34,11 @@ assert "torch" not in sys.modules and "getiaction" not in sys.modules
 SQUARED = {"beta_schedule": "squaredcos_cap_v2"}
 CASES: dict[str, tuple[Features, dict[str, Any], Any]] = {
     "states": (Features(action_dim=2, state_dim=3, env_state_dim=4), {}, DDPMScheduler(20, **SQUARED)),
+    "states, flow matching": (
+        Features(action_dim=2, state_dim=3),
+        {"prediction_type": "sample"},
+        FlowMatchEulerDiscreteScheduler(20),
+    ),
     "one picture, resized": (
         Features(action_dim=2, state_dim=3, cameras={"observation.image": (3, 48, 48)}),
         {"encoder": partial(ImageEncoder, resize_shape=(40, 40), norm="batch", num_keypoints=4)},
