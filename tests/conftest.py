@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep decoded frames out of the user's cache, and decode them once a session."""
     os.environ["GETIACTION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_LEROBOT_HOME"] = str(tmp_path_factory.mktemp("lerobot"))
+
+
+@pytest.fixture(autouse=True)
+def _collects_garbage() -> Iterator[None]:
+    """Let the collector go on: a command that a test runs in this process, and that fails, leaves it held."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

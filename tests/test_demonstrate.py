@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from getiaction.demonstrate import main
 from getiaction.simulation.demonstrations import DONE, REWARD, SUCCESS, Attempts, collect, demonstrate
 from getiaction.simulation.environment import Step
 from getiaction.simulation.pusht import OBS_IMAGE, OBS_STATE, PushT
@@ -201,12 +202,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_pa
         ("episode=5", "episode does not exist: did you mean episodes?"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path: Path, override: str, message: str) -> None:
-    finished = run(tmp_path / "run", override)
-    assert finished.returncode == 2
-    lines = [line for line in finished.stderr.splitlines() if line]
-    assert len(lines) == 1
-    assert message in lines[0]
+def test_mistakes_get_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demonstrate", f"output_dir={tmp_path / 'run'}", override])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert message in line
+    assert not (tmp_path / "run/dataset").exists()
 
 
 def test_a_dataset_is_never_overwritten(recorded: Path) -> None:
