@@ -18,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
 
+NARROW, MANY = (
+    256,
+    32,
+)  # channels and samples at which convolutions are faster with the channels last: benchmarks/NOTES.md
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
 
 
@@ -38,13 +42,35 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class Conv1d(nn.Conv1d):
+    """Do what `nn.Conv1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if x.ndim == 3:
+            return super().forward(x)
+        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
+        return functional.conv2d(x, self.weight[:, :, None], self.bias, stride, padding)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """Do what `nn.ConvTranspose1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if x.ndim == 3:
+            return super().forward(x, output_size)
+        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
+        return functional.conv_transpose2d(x, self.weight[:, :, None], self.bias, stride, padding)
+
+
 class ConvBlock(nn.Module):
     """Convolve along time, normalise, Mish: (B, C, T) -> (B, C', T)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, kernel_size: int, n_groups: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            nn.Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
+            Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
             nn.GroupNorm(n_groups, channels_out),
             Mish(),
         )
@@ -67,7 +93,7 @@ class ResidualBlock(nn.Module):
         self.cond_encoder = nn.Sequential(nn.Identity(), nn.Linear(cond_dim, channels_out * (2 if film_scale else 1)))
         self.conv2 = ConvBlock(channels_out, channels_out, kernel_size=kernel_size, n_groups=n_groups)
         same = channels_in == channels_out
-        self.residual_conv = nn.Identity() if same else nn.Conv1d(channels_in, channels_out, 1)
+        self.residual_conv = nn.Identity() if same else Conv1d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Map x (B, C, T) and cond (B, cond_dim), which has been through Mish, to (B, C', T)."""
@@ -75,7 +101,8 @@ class ResidualBlock(nn.Module):
 
     def modulate(self, x: Tensor, film: Tensor) -> Tensor:
         """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
-        hidden, film = self.conv1(x), film[:, :, None]  # (B, C' or 2C', 1)
+        hidden = self.conv1(x)
+        film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
         if self.film_scale:
             scale, bias = film.chunk(2, dim=1)
             hidden = scale * hidden + bias
@@ -135,16 +162,16 @@ class ConditionalUnet1d(nn.Module):
         widths = list(zip((action_dim, *dims[:-1]), dims, strict=True))
         self.down_modules = nn.ModuleList()
         for level, (narrow, wide) in enumerate(widths):
-            halve = nn.Identity() if level == len(widths) - 1 else nn.Conv1d(wide, wide, 3, stride=2, padding=1)
+            halve = nn.Identity() if level == len(widths) - 1 else Conv1d(wide, wide, 3, stride=2, padding=1)
             self.down_modules.append(nn.ModuleList([block(narrow, wide), block(wide, wide), halve]))
         self.mid_modules = nn.ModuleList([block(top, top), block(top, top)])
         self.up_modules = nn.ModuleList()
         for narrow, wide in reversed(widths[1:]):
-            double = nn.ConvTranspose1d(narrow, narrow, 4, stride=2, padding=1)
+            double = ConvTranspose1d(narrow, narrow, 4, stride=2, padding=1)
             self.up_modules.append(nn.ModuleList([block(wide * 2, narrow), block(narrow, narrow), double]))
         self.final_conv = nn.Sequential(
             ConvBlock(dims[0], dims[0], kernel_size=kernel_size, n_groups=FINAL_GROUPS),
-            nn.Conv1d(dims[0], action_dim, 1),
+            Conv1d(dims[0], action_dim, 1),
         )
 
     @property
@@ -199,6 +226,9 @@ class ConditionalUnet1d(nn.Module):
 
     def _pass(self, noisy_actions: Tensor, run: Callable[[ResidualBlock, Tensor], Tensor]) -> Tensor:
         x = rearrange(noisy_actions, "b t d -> b d t")
+        rows = self._is_faster_in_rows(noisy_actions)
+        if rows:
+            x = x[:, :, None]  # (B, Da, 1, T), channels last as it lies
         skips: list[Tensor] = []
         for first, second, halve in levels(self.down_modules):
             x = run(second, run(first, x))
@@ -209,7 +239,13 @@ class ConditionalUnet1d(nn.Module):
         for first, second, double in levels(self.up_modules):
             x = torch.cat([x, skips.pop()], dim=1)
             x = double(run(second, run(first, x)))
-        return rearrange(self.final_conv(x), "b d t -> b t d")
+        x = self.final_conv(x)
+        return rearrange(x[:, :, 0] if rows else x, "b d t -> b t d")
+
+    def _is_faster_in_rows(self, x: Tensor) -> bool:
+        """Tell whether channels last in memory are faster: narrow networks on the CPU, by a fifth in float32."""
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and max(self.down_dims) <= NARROW and len(x) >= MANY and not torch.compiler.is_compiling()
 
     def _blocks(self) -> list[ResidualBlock]:
         """Return the blocks in the order of `_pass`."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.activation import mish_
-from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
+from getiaction.policy.unet import ConditionalUnet1d, Conv1d, ConvBlock, ConvTranspose1d, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
 FEW = 32  # rows of a product that the library does in one thread
@@ -174,7 +174,7 @@ class UnrolledUnet:
 
     def _convolve(self, layer: nn.Module, x: Track) -> Tensor:
         """Convolve into a new (B, T', C'): copy the windows, multiply."""
-        layer = exactly(layer, nn.Conv1d)
+        layer = exactly(layer, Conv1d)
         size, ends = layer.kernel_size[0], self._margin - int(layer.padding[0])
         windows = x.padded[:, ends : x.padded.shape[1] - ends].unfold(1, size, layer.stride[0])  # (B, T', C, k)
         rows = self._new(*windows.shape, dtype=self._plan.dtype)
@@ -249,7 +249,7 @@ class UnrolledUnet:
 
     def _double(self, layer: nn.Module, x: Track) -> Track:
         """Double the resolution: output 2t is w1 x(t) + w3 x(t - 1), output 2t + 1 is w2 x(t) + w0 x(t + 1)."""
-        layer = exactly(layer, nn.ConvTranspose1d)
+        layer = exactly(layer, ConvTranspose1d)
         weight = layer.weight.flatten(1).t()  # (C' 4, C)
         products = self._multiply(self._copy(x.inner, self._plan.dtype), weight, None).unflatten(
             2, (-1, 4)

@@ -16,6 +16,25 @@ def random_inputs(*, horizon: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, horizon, 3), torch.tensor([0, 7]), torch.randn(2, 5)  # actions, timesteps, condition
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_channels_last_in_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, down_dims=DIMS[:levels])
+    inputs = torch.randn(40, 8, 3), torch.randint(50, (40,)), torch.randn(40, 5)
+    seen: list[int] = []
+    unet.final_conv.register_forward_pre_hook(lambda _, given: seen.append(given[0].ndim))
+    found = []
+    for many in (32, 1000):
+        monkeypatch.setattr("getiaction.policy.unet.MANY", many)
+        unet.zero_grad()
+        out = unet(*inputs)
+        out.square().mean().backward()
+        found.append([out.detach(), *(weight.grad.clone() for weight in unet.parameters())])
+    assert seen == [4, 3]
+    for rows, plain in zip(*found, strict=True):
+        torch.testing.assert_close(rows, plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_output_has_the_shape_of_the_actions(levels: int, kernel_size: int) -> None:
