@@ -97,7 +97,7 @@ def shorten(config: Config) -> None:
         group, name = key.split(".")
         values = getattr(config, group)
         values = values if isinstance(values, dict) else vars(values)
-        if values.get(name) is not None:
+        if isinstance(values.get(name), int):  # where nothing is evaluated, nobody has looked at env
             values[name] = min(values[name], most)
     config.training.max_steps = config.training.max_steps or ENOUGH["training.max_steps"]  # null: epochs say
     config.hardware.num_processes, config.hardware.compile = 1, False
