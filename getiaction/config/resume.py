@@ -63,6 +63,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     now = OmegaConf.structured(config)
     saved.setdefault("mirror", {"_target_": None})  # a run of before they were there, whatever its preset says today
     saved["training"].setdefault("observation_noise", 0.0)
+    saved["policy"].setdefault("loss_weighting", "none")
     fill_new_keys(saved, now)
     for key, target in unknown_targets(OmegaConf.to_container(saved)).items():
         if OmegaConf.select(now, key) != target:

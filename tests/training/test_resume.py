@@ -323,14 +323,15 @@ def test_a_longer_run_stays_longer_when_it_is_interrupted_again(tiny: Any, helpe
 def test_a_run_of_before_there_were_mirrors_goes_on_without(tiny: Any, helpers: Any, tmp_path: Path) -> None:
     tiny.train(tmp_path)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    del config["mirror"], config["training"]["observation_noise"]
+    del config["mirror"], config["training"]["observation_noise"], config["policy"]["loss_weighting"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    now = compose(
-        ["+preset=pusht_keypoints", "mirror=pusht", "training.observation_noise=0.1", f"training.resume={tmp_path}"]
-    )
+    now = compose(["+preset=pusht_laptop", "training.observation_noise=0.1", f"training.resume={tmp_path}"])
+    assert now.mirror["_target_"] is not None
+    assert now.policy.loss_weighting == "min_snr"
     resumed = resumed_config(now, [f"training.resume={tmp_path}"], tmp_path)
     assert resumed.mirror["_target_"] is None
     assert resumed.training.observation_noise == 0
+    assert resumed.policy.loss_weighting == "none"
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_written_again(tiny: Any, helpers: Any, tmp_path: Path) -> None:
