@@ -354,6 +354,18 @@ def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:
         change_scheduler(policy, {"_target_": "diffusers.DDIMScheduler", "beta_start": 0.1})
 
 
+def test_a_flow_keeps_to_flow_matching(make_run: Callable[..., Path]) -> None:
+    policy = load_policy(make_run("scheduler=flow_matching", "scheduler.prediction_type=sample"))
+    assert policy.prediction_type == "sample"
+    change_scheduler(policy, find_scheduler("flow_matching") | {"prediction_type": "sample"})
+    change_scheduler(policy, find_scheduler("flow_matching"))  # what the leaf says is not asked for
+    assert type(policy.noise_scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    with pytest.raises(InputError, match=r"adds noise in another way .* use flow_matching"):
+        change_scheduler(policy, find_scheduler("ddim"))
+    with pytest.raises(InputError, match=r"scheduler\.shift=3\.0 cannot change after training, where it was 1\.0"):
+        change_scheduler(policy, find_scheduler("flow_matching") | {"shift": 3.0})
+
+
 def test_acting_in_bf16_is_another_evaluation(keypoints_run: Path, tmp_path: Path, command: Command) -> None:
     more = ("episodes=2", "env.max_steps=30", f"output_dir={tmp_path}")
     short = (f"checkpoint={keypoints_run}", *SHORT[:1], *SHORT[2:])

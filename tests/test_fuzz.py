@@ -59,6 +59,7 @@ GROUP = st.sampled_from([f"{group}={choice}" for group, choices in GROUPS.items(
 
 ENOUGH = {  # what more of would only take longer, or more memory, which `check_memory` looks at
     **{"training.batch_size": 4, "training.gradient_accumulation_steps": 3, "training.max_steps": 2},
+    "training.noise_draws": 3,
     **{"validation.max_samples": 8, "validation.max_sampled": 2, "hardware.num_threads": 2},
     **{"evaluation.episodes": 1, "evaluation.final_episodes": 1, "env.max_steps": 12},
     **{"evaluation.num_envs": 1, "evaluation.num_workers": 0},
@@ -137,7 +138,9 @@ def train_a_little(overrides: list[str], folder: Path) -> None:
 @example(overrides=["optimizer.betas=[0.9,0.9,0.9]"], sees=False)
 @example(overrides=["hardware.num_threads=1000000000"], sees=False)
 @example(overrides=["training.batch_size=1000000000"], sees=False)
+@example(overrides=["training.noise_draws=1000000000"], sees=False)
 @example(overrides=["unet.diffusion_step_embed_dim=1000000000"], sees=False)
+@example(overrides=["scheduler=flow_matching", "policy.loss_weighting=min_snr"], sees=False)
 @example(overrides=["backbone.num_keypoints=1000000000"], sees=True)
 @example(overrides=["scheduler.beta_schedule=linear", "scheduler.beta_end=2"], sees=False)
 @example(overrides=["scheduler.beta_schedule=linear", "scheduler.beta_start=1e-9"], sees=False)

@@ -27,13 +27,14 @@ def check_memory(config: Config, policy: DiffusionPolicy) -> Iterator[Problem]:
     training, hardware, chunk = config.training, config.hardware, config.policy
     own = training.batch_size * training.gradient_accumulation_steps
     processes = hardware.num_processes * hardware.num_nodes
-    noise = chunk.horizon * policy.features.action_dim * FLOAT  # each process draws that of the global batch
+    draw = chunk.horizon * policy.features.action_dim * FLOAT
+    noise = training.noise_draws * draw  # each process draws that of the global batch
     needed = own * processes * noise + own * sample_bytes(config, policy)
     if needed > has:
         yield Problem(
             f"a step (training.batch_size={training.batch_size} x training.gradient_accumulation_steps="
-            f"{training.gradient_accumulation_steps} x {processes} processes, policy.horizon={chunk.horizon}, "
-            f"policy.n_obs_steps={chunk.n_obs_steps}) takes at least {needed / 1e9:.0f} GB of memory, "
+            f"{training.gradient_accumulation_steps} x {processes} processes, "
+            f"training.noise_draws={training.noise_draws}, policy.horizon={chunk.horizon}, policy.n_obs_steps={chunk.n_obs_steps}) takes at least {needed / 1e9:.0f} GB of memory, "
             f"this machine has {has / 1e9:.0f} GB: lower one of them; a usual batch is 64, a usual horizon 16"
         )
     weights = sum(weight.numel() for weight in policy.parameters())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import get_class
 
-from getiaction.config.build import build_group
+from getiaction.config.build import build_group, parameters_of
 from getiaction.config.compose import CONF_DIR
 from getiaction.errors import InputError
 from getiaction.policy import DiffusionPolicy
@@ -37,9 +35,10 @@ def change_scheduler(policy: DiffusionPolicy, scheduler: Mapping[str, Any]) -> N
             f"scheduler.{other[0]}={asked[other[0]]} cannot change after training, where it was "
             f"{trained[other[0]]}: leave it out"
         )
-    takes = inspect.signature(get_class(target)).parameters
+    takes = parameters_of(target)
     unset = own.get("_use_default_values", [])
     kept = {key: value for key, value in own.items() if key in takes and (key in TRAINED or key not in unset)}
+    asked = {key: value for key, value in asked.items() if key in takes or key != "prediction_type"}  # flow's is ours
     changed = build_group("scheduler", {"_target_": target, **kept, **asked})
     if not adds_noise_like(policy, changed):
         fit = "flow_matching" if is_flow(policy.noise_scheduler) else "ddpm, ddim or dpm_solver"

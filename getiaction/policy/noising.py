@@ -52,10 +52,10 @@ class Noising(nn.Module):
             raise ValueError(f"policy.loss_weighting={loss_weighting} must be one of {', '.join(LOSS_WEIGHTINGS)}")
         signal, noise, times = flow_tables(scheduler) if flows else diffusion_tables(scheduler)
         snr = (signal / noise) ** 2
-        counts = snr.clamp_max(GAMMA) if loss_weighting == "min_snr" else torch.ones_like(snr)
-        if loss_weighting == "min_snr":  # of an error in the target, what an error in the actions is
-            by_type = {"epsilon": 1 / snr.clamp_min(1e-12), "sample": torch.ones_like(snr)}
-            counts = counts * by_type.get(self.prediction_type, noise**2)
+        counts = torch.ones_like(snr)
+        if loss_weighting == "min_snr":  # times what an error in the target is as one in the actions, squared
+            by_type = {"epsilon": 1 / snr.clamp_min(1e-12), "sample": counts}
+            counts = snr.clamp_max(GAMMA) * by_type.get(self.prediction_type, noise**2)
         for name, table in {"signal": signal, "noise": noise, "times": times, "weight": counts}.items():
             self.register_buffer(name, table.clone(), persistent=False)
 
