@@ -34,7 +34,8 @@ def check_memory(config: Config, policy: DiffusionPolicy) -> Iterator[Problem]:
         yield Problem(
             f"a step (training.batch_size={training.batch_size} x training.gradient_accumulation_steps="
             f"{training.gradient_accumulation_steps} x {processes} processes, "
-            f"training.noise_draws={training.noise_draws}, policy.horizon={chunk.horizon}, policy.n_obs_steps={chunk.n_obs_steps}) takes at least {needed / 1e9:.0f} GB of memory, "
+            f"training.noise_draws={training.noise_draws}, policy.horizon={chunk.horizon}, "
+            f"policy.n_obs_steps={chunk.n_obs_steps}) takes at least {needed / 1e9:.0f} GB of memory, "
             f"this machine has {has / 1e9:.0f} GB: lower one of them; a usual batch is 64, a usual horizon 16"
         )
     weights = sum(weight.numel() for weight in policy.parameters())
