@@ -182,7 +182,8 @@ def twins(request: pytest.FixtureRequest) -> Iterator[Twins]:
         overrides, features = VARIANTS[request.param]
         yield make_twins(compose(overrides), features)
     else:
-        config = compose([f"+preset={request.param}", "policy.num_inference_steps=2"])
+        unweighted = "policy.loss_weighting=none"  # LeRobot's loss has no weights; test_diffusion.py sees to ours
+        config = compose([f"+preset={request.param}", "policy.num_inference_steps=2", unweighted])
         yield make_twins(config, features_of(config))
 
 
