@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import functional as pictures
 
+from getiaction.policy.convolution import replace_convolutions
+
 
 class SpatialSoftmax(nn.Module):
     """Return the expected image coordinates of each channel's activation (Finn et al., arXiv:1509.06113).
@@ -95,6 +97,7 @@ class ImageEncoder(nn.Module):
             replace_batch_norm(self.backbone)
         elif norm != "batch":
             raise ValueError(f"backbone.norm={norm!r} must be 'group' or 'batch'")
+        replace_convolutions(self.backbone)
         feature_shape = self._feature_shape()  # (C, h, w)
         if feature_shape[1] * feature_shape[2] == 1:
             raise ValueError(

@@ -17,11 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
+from getiaction.policy.convolution import Conv1d, ConvTranspose1d
 
-NARROW, MANY = (
-    256,
-    32,
-)  # channels and samples at which convolutions are faster with the channels last: benchmarks/NOTES.md
+NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
 
 
@@ -40,28 +38,6 @@ class SinusoidalEmbedding(nn.Module):
         """Map (B,) integers to (B, dim)."""
         angles = timesteps[:, None] * self.frequencies  # (B, dim / 2)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class Conv1d(nn.Conv1d):
-    """Do what `nn.Conv1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
-        if x.ndim == 3:
-            return super().forward(x)
-        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
-        return functional.conv2d(x, self.weight[:, :, None], self.bias, stride, padding)
-
-
-class ConvTranspose1d(nn.ConvTranspose1d):
-    """Do what `nn.ConvTranspose1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
-        if x.ndim == 3:
-            return super().forward(x, output_size)
-        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
-        return functional.conv_transpose2d(x, self.weight[:, :, None], self.bias, stride, padding)
 
 
 class ConvBlock(nn.Module):

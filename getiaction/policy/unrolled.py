@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.activation import mish_
-from getiaction.policy.unet import ConditionalUnet1d, Conv1d, ConvBlock, ConvTranspose1d, ResidualBlock, levels
+from getiaction.policy.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
 FEW = 32  # rows of a product that the library does in one thread

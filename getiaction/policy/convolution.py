@@ -1,0 +1,137 @@
+"""Convolutions that do what PyTorch's do, and learn faster in bf16 on the CPU.
+
+Deep in a network hundreds of channels meet a handful of places: 2x2 pixels, 4 points in time. There oneDNN's gradient
+of the weights takes up to ten times as long as the one matrix product that it is: benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
+FEW = {torch.bfloat16: 3.0}
+
+
+class Conv1d(nn.Conv1d):
+    """Do what `nn.Conv1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if pays(self, x):
+            return convolve(self, x)
+        if x.ndim == 3:
+            return super().forward(x)
+        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
+        return functional.conv2d(x, self.weight[:, :, None], self.bias, stride, padding)
+
+
+class Conv2d(nn.Conv2d):
+    """Do what `nn.Conv2d` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H', W')."""
+        return convolve(self, x) if pays(self, x) else super().forward(x)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """Do what `nn.ConvTranspose1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if x.ndim == 3:
+            return super().forward(x, output_size)
+        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
+        return functional.conv_transpose2d(x, self.weight[:, :, None], self.bias, stride, padding)
+
+
+def replace_convolutions(module: nn.Module) -> None:
+    """Replace every plain `nn.Conv2d` below `module` by ours, with the same weights; grouped and dilated ones stay."""
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and is_plain(child):
+            size = (child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding)
+            ours = Conv2d(*size, bias=child.bias is not None, device="meta")  # type: ignore[arg-type]
+            ours.weight, ours.bias = child.weight, child.bias
+            setattr(module, name, ours)
+        else:
+            replace_convolutions(child)
+
+
+def is_plain(layer: nn.Conv1d | nn.Conv2d) -> bool:
+    """Tell whether a convolution has neither groups nor gaps, and pads with zeros."""
+    options = (layer.groups, layer.padding_mode, set(layer.dilation), isinstance(layer.padding, str))
+    return options == (1, "zeros", {1}, False)
+
+
+def pays(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> bool:
+    """Tell whether the gradient of the weights is faster as a product: in bf16 on a CPU, with few places to look at."""
+    if x.device.type != "cpu" or x.ndim != layer.weight.ndim or torch.compiler.is_compiling() or not is_plain(layer):
+        return False
+    places = len(x)
+    for side, stride in zip(x.shape[2:], layer.stride, strict=True):
+        places *= -(-side // stride)
+    learns = layer.training and layer.weight.requires_grad and torch.is_grad_enabled()
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return learns and places <= FEW.get(dtype, 0) * layer.in_channels
+
+
+def convolve(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """Do what `layer` does to x (B, C, ...), under autocast in its type."""
+    weight, bias = layer.weight, layer.bias
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    padding = tuple(int(side) for side in layer.padding)
+    return _Convolution.apply(x, weight, bias, tuple(layer.stride), padding)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        ones, zeros = [1] * len(stride), [0] * len(stride)
+        return torch.convolution(x, weight, bias, stride, padding, ones, False, zeros, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        ones, zeros = [1] * len(ctx.stride), [0] * len(ctx.stride)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        by_x = by_weight = by_bias = None
+        if needs_x:  # asked for the bias, too, oneDNN would make the weights' as well
+            shape = (ctx.stride, ctx.padding, ones, False, zeros, 1, [True, False, False])
+            by_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *shape)[0]
+        if needs_weight:
+            by_weight = weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
+        if needs_bias:
+            by_bias = gradient.sum(dim=[0, *range(2, gradient.ndim)])
+        return by_x, by_weight, by_bias, None, None
+
+
+def weight_gradient(
+    x: Tensor, gradient: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """Return the gradient of a convolution's weights, (C', C, k) or (C', C, k, k), the latter with channels last.
+
+    Args:
+        x: what was convolved, (B, C, T) or (B, C, H, W).
+        gradient: of what came out, (B, C', T') or (B, C', H', W').
+    """
+    if len(kernel) == 1:
+        windows = functional.pad(x, 2 * padding).unfold(2, kernel[0], stride[0])
+        rows = rearrange(windows, "b c t k -> (b t) (c k)")
+        found = rearrange(gradient, "b c t -> c (b t)") @ rows
+        return found.view(-1, x.shape[1], *kernel)
+    tall, wide = padding
+    padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, wide, wide, tall, tall))
+    windows = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
+    rows = rearrange(windows, "b h w c i j -> (b h w) (i j c)")
+    found = rearrange(gradient, "b c h w -> c (b h w)") @ rows
+    return found.view(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
