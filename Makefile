@@ -33,7 +33,7 @@ train: setup  ## Train PRESET (pusht_laptop) with ARGS.
 	$(BIN)/python -m getiaction.train +preset=$(PRESET) $(DATA) $(ARGS)
 
 test: setup  ## Run the tests, two at a time; ARGS goes to pytest.
-	$(BIN)/python -m pytest --numprocesses=2 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 
 lint: setup  ## Check style (ruff), types (mypy) and the walls between the rooms (import-linter).
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 WATCHED = """
-import runpy, sys
+import json, runpy, sys
 
 import torch, accelerate, lerobot.policies, torchvision, gymnasium, pymunk  # what they do when imported is theirs
 
@@ -23,8 +24,14 @@ def never(*_, **__):
 
 sys.addaudithook(refuse)
 torch.load = never
-module, *sys.argv[1:] = sys.argv[1:]
-runpy.run_module(f"getiaction.{module}", run_name="__main__", alter_sys=True)
+for module, *arguments in json.loads(sys.argv[1]):
+    print(module, flush=True)
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(f"getiaction.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 SMALL = (
     "+preset=pusht_cpu",
@@ -36,6 +43,7 @@ SMALL = (
     "training.batch_size=4",
     "validation.max_samples=4",
 )
+MODULES = ("train", "evaluate", "import_policy", "export")
 ACTING = (
     "env=pusht",
     "env.image_size=[48,48]",
@@ -48,10 +56,10 @@ ACTING = (
 )
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends as soon as it opens a pickle."""
+def run(folder: Path, commands: list[tuple[str, ...]]) -> subprocess.CompletedProcess[str]:
+    """Run commands one after the other, in a process that ends as soon as it opens a pickle."""
     return subprocess.run(
-        [sys.executable, "-c", WATCHED, *command],
+        [sys.executable, "-c", WATCHED, json.dumps(commands)],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "GETIACTION_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -72,7 +80,7 @@ def test_the_watch_sees_a_pickle(tmp_path: Path) -> None:
     import pickle
 
     (tmp_path / "harm").write_bytes(pickle.dumps(os.getcwd))
-    script = WATCHED.split("module, *")[0] + "import pickle; pickle.load(open('harm', 'rb'))"
+    script = WATCHED.split("for module, *")[0] + "import pickle; pickle.load(open('harm', 'rb'))"
     seen = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "a pickle asks for" in seen.stderr
     assert seen.returncode == 1
@@ -82,13 +90,14 @@ def test_training_resuming_evaluating_importing_and_fine_tuning_open_no_pickle(w
     folder, root = work
     policy = "run/checkpoints/last/pretrained_model"
     lengths = [f"training.max_steps={steps}" for steps in (2, 3)]
-    for command in (
+    commands: list[tuple[str, ...]] = [
         ("train", *SMALL, f"dataset.root={root}", "output_dir=run", lengths[0]),
         ("train", "training.resume=run", lengths[1]),
         ("evaluate", "checkpoint=run", "output_dir=evaluation", *ACTING),
         ("import_policy", policy, "--output-dir", "imported"),
         ("train", *SMALL, f"dataset.root={root}", "output_dir=tuned", "training.init_from=imported", lengths[0]),
         ("export", "run", "--output", "policy.onnx", "--num-inference-steps", "2"),
-    ):
-        done = run(folder, *command)
-        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+    ]
+    done = run(folder, commands)
+    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
+    assert [word for word, *_ in commands] == [line for line in done.stdout.splitlines() if line in MODULES]

@@ -198,6 +198,7 @@ def scratch() -> Iterator[Path]:
 def test_cpu_preset_learns(pusht_root: Path, tmp_path: Path) -> None:
     """A shortened `pusht_cpu`: the validation loss on held-out human demonstrations falls well below its start."""
     short = ["training.max_steps=60", "lr_scheduler.num_warmup_steps=5", "optimizer.lr=5e-4", "validation.every=5"]
+    short += ["validation.max_samples=48"]
     config = compose(["+preset=pusht_cpu", f"dataset.root={pusht_root}", "validation.max_sampled=0", *short])
     metrics = train(config, tmp_path / "run")
     assert metrics["val_loss"] < 0.5 * read_validation(tmp_path / "run")[0]

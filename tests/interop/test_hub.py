@@ -150,6 +150,7 @@ def test_a_revision_that_is_given_is_the_one_that_is_fetched(
         "lr_scheduler.num_warmup_steps=0",
     ]
     train += ["env=none", "hardware=cpu", "dataset.repo_id=me/data", "dataset.revision=branch", "output_dir=run"]
+    train += ["training.batch_size=4", "validation.max_sampled=0"]
     for command in (["import", "me/policy@older"], train):
         done = run(*command)
         assert done.returncode == 0, done.stderr

@@ -108,7 +108,8 @@ def test_commands_go_on_and_evaluate_there(name: str, tiny: Any, helpers: Any, t
     two = ("hardware.num_processes=2", "hardware.num_threads=1", "training.batch_size=4")
     run("getiaction.train", *helpers.TINY, *given, *two, "training.max_steps=2", cwd=tmp_path)
     [resume, checkpoint] = [shlex.split(as_override(key, str(folder)))[0] for key in ("training.resume", "checkpoint")]
-    run("getiaction.train", resume, "training.max_steps=4", cwd=tmp_path)
+    alone = ("hardware.num_processes=1", "training.batch_size=8")
+    run("getiaction.train", resume, "training.max_steps=4", *alone, cwd=tmp_path)
     assert helpers.steps_saved(folder)[-1] == 4
     acting = (
         "env=pusht",

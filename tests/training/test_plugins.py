@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,26 +32,32 @@ def _end_jobs(tmp_path: Path) -> Iterator[None]:
             process.kill()
 
 
+def jobs_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the jobs of submitit that run below a command."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it is over, or not yet begun
+            if "submitit.core._submit" in child.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in child.environ():
+                found.append(child)
+    return found
+
+
 @needs("hydra_submitit_launcher")
 def test_jobs_of_submitit_come_back_from_the_queue(tiny: Any, helpers: Any, tmp_path: Path) -> None:
-    length = ("training.max_steps=1500", "training.save_every=null", "training.log_every=2", "hardware.num_threads=1")
+    length = ("training.max_steps=400", "training.save_every=null", "training.log_every=2", "hardware.num_threads=1")
     patience = '+hydra.launcher.setup=["sleep 2"]'  # submitit 1.5 starts a job before it makes the folder it writes to
     command = ("-m", "hydra/launcher=submitit_local", patience, *tiny.overrides(*length), "seed=0")
     runs = tmp_path / "outputs/pusht_cpu"
     process = tiny.start_command(tmp_path / "sweep", *command)
+    helpers.wait_until(lambda: jobs_of(process), process, tmp_path / "sweep")
+    (job,) = jobs_of(process)
     helpers.wait_until(lambda: any(map(helpers.losses, runs.glob("*/0"))), process, tmp_path / "sweep")
     (folder,) = runs.iterdir()
-    started = [child for child in psutil.Process(process.pid).children(recursive=True) if child.status() != "zombie"]
-    (job,) = [
-        one
-        for one in started
-        if "submitit.core._submit" in one.cmdline() and "SUBMITIT_LOCAL_GLOBALID" in one.environ()
-    ]
     job.send_signal(signal.SIGUSR2)  # as SLURM does when the time is nearly over
     assert helpers.finish(process) == 0, helpers.said(tmp_path / "sweep")
     assert "at step" in (folder / "0/train.log").read_text()
     tiny.fit(tmp_path / "alone", *length)
-    helpers.assert_same_bits(folder / "0", tmp_path / "alone", step=1500)
+    helpers.assert_same_bits(folder / "0", tmp_path / "alone", step=400)
 
 
 @needs("hydra_optuna_sweeper")
