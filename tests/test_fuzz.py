@@ -64,6 +64,7 @@ ENOUGH = {  # what more of would only take longer, or more memory, which `check_
     **{"evaluation.episodes": 1, "evaluation.final_episodes": 1, "env.max_steps": 12},
     **{"evaluation.num_envs": 1, "evaluation.num_workers": 0},
 }
+WEIGHTS = "checkpoints/last/pretrained_model/model.safetensors"
 LARGE = 50e6  # parameters that take minutes here
 
 
@@ -121,7 +122,7 @@ def train_a_little(overrides: list[str], folder: Path) -> None:
     if is_small(config):
         metrics = train(config, folder)
         event("trained")
-        assert (folder / "checkpoints/last/pretrained_model/model.safetensors").exists()
+        assert (folder / WEIGHTS).exists()
         assert "loss" in metrics
 
 
@@ -148,14 +149,19 @@ def test_any_config_works_or_says_why_not(root: Path, tmp_path: Path, overrides:
     folder = tmp_path / "run"
     shutil.rmtree(folder, ignore_errors=True)
     given = tiny(root, *(PICTURES if sees else ()), *overrides)
+    said, refused = None, False
     try:
         check(given)
         event("passed")
         train_a_little(given, folder)
-    except InputError:
+    except InputError as error:
         event("refused")
-    except TrainingError:
+        said, refused = str(error), True
+    except TrainingError as error:
         event("ended with advice")
+        said = str(error)
+    assert said != ""
+    assert not (refused and (folder / WEIGHTS).exists())  # it was refused before anything was trained
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -230,12 +236,16 @@ def test_any_dataset_is_read_or_refused(root: Path, tmp_path: Path, changes: lis
     for change in changes:
         change(copy)
     overrides = tiny(copy, f"dataset.cache_dir={tmp_path / 'cache'}", *(PICTURES if sees else ()))
+    said = None
     try:
         check(overrides)
         config = compose(overrides)
         episodes = load_data(config, find_data(config), start_accelerator(config, tmp_path))
         make_windows(config, episodes)
-        compute_statistics(episodes, config.dataset.image_stats)
-        event("works")
-    except InputError:
-        event("refused")
+        statistics = compute_statistics(episodes, config.dataset.image_stats)
+        assert statistics
+        assert all(np.isfinite(value.numpy()).all() for of in statistics.values() for value in of.values())
+    except InputError as error:
+        said = str(error)
+    event("works" if said is None else "refused")
+    assert said != ""

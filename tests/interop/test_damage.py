@@ -137,13 +137,13 @@ CHANGE = st.one_of(
 )
 
 
-def open_and_act(folder: Path) -> None:
-    """Open a policy and let it act."""
+def open_and_act(folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Open a policy and let it act; return the shape of its actions, and what it promises, (1, Ta, Da)."""
     policy = load_policy(folder)
     batch = {key: torch.zeros(1, policy.n_obs_steps, size) for key, size in policy.features.vectors.items()}
     generator = torch.Generator().manual_seed(0)
     actions = policy.predict_action_chunk(batch, generator=generator)
-    assert actions.shape == (1, policy.n_action_steps, policy.features.action_dim)
+    return tuple(actions.shape), (1, policy.n_action_steps, policy.features.action_dim)
 
 
 @BOUNDED
@@ -158,11 +158,15 @@ def test_any_policy_folder_opens_or_is_refused(
     shutil.copytree(policies[ours], folder)
     for change in changes:
         change(folder)
+    said = None
     try:
-        open_and_act(folder)
-        event("works")
-    except InputError:
-        event("refused")
+        shape, promised = open_and_act(folder)
+        assert shape == promised
+    except InputError as error:
+        said = str(error)
+    event("works" if said is None else "refused")
+    assert said != ""
+    assert said is None or changes, f"nothing is damaged, and yet: {said}"
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "LeRobot's"])
