@@ -69,14 +69,16 @@ def is_plain(layer: nn.Conv1d | nn.Conv2d) -> bool:
 
 def pays(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> bool:
     """Tell whether the gradient of the weights is faster as a product: in bf16 on a CPU, with few places to look at."""
-    if x.device.type != "cpu" or x.ndim != layer.weight.ndim or torch.compiler.is_compiling() or not is_plain(layer):
+    learns = layer.training and layer.weight.requires_grad and torch.is_grad_enabled()
+    if not learns or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype not in FEW or x.ndim != layer.weight.ndim or not is_plain(layer):
         return False
     places = len(x)
     for side, stride in zip(x.shape[2:], layer.stride, strict=True):
         places *= -(-side // stride)
-    learns = layer.training and layer.weight.requires_grad and torch.is_grad_enabled()
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return learns and places <= FEW.get(dtype, 0) * layer.in_channels
+    return places <= FEW[dtype] * layer.in_channels
 
 
 def convolve(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
