@@ -44,6 +44,7 @@ from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
+from getiaction.training.heap import keep_freed_memory
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.ranks import Ranks, Watchdog
@@ -61,6 +62,8 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
     torch.backends.cudnn.benchmark = True
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu:
+        keep_freed_memory()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=choose_precision(
