@@ -3,10 +3,11 @@
 For each preset a policy of drawn weights is written as a checkpoint and opened in both libraries; their chunks must be
 equal to float32 rounding. Then both predict one chunk for one robot, alternately, each from observations that are ready
 (LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of
-the medians, go to benchmarks/results/inference-<date>.json; where the device multiplies bf16, ours a second time under
-autocast to it. "Share of a chunk's time" is the real-time report: what one chunk takes, of the time that its actions
-take at the preset's rate (PushT 10 Hz, ALOHA 50 Hz). `--pauses` lets time pass between
-calls, as a robot's control loop does.
+the medians, go to benchmarks/results/inference-<date>.json; on a CPU ours a second time as an exported file in ONNX
+Runtime, and where the device multiplies bf16, once more under autocast to it. "Share of a chunk's time" is the
+real-time report: what one chunk takes, of the time that its actions take at the preset's rate (PushT 10 Hz, ALOHA 50).
+Before each call lies a pause, as in a robot's control loop: threads of the library before, which wait for more work,
+have gone to sleep then.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from getiaction.config.precision import multiplies_bf16
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config
 from getiaction.interop.lerobot import load_policy, write_policy
+from getiaction.interop.onnx_file import export_onnx
+from getiaction.interop.onnx_policy import OnnxPolicy
+from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy, Features
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,9 +58,10 @@ def features_of(config: Config) -> Features:
 
 
 def draw(features: Features, steps: int, device: str) -> dict[str, Tensor]:
-    """Return one robot's observations, (1, To, ...), pictures in [0, 1]."""
+    """Return one robot's observations, (1, To, ...), pictures in [0, 1], of the 256 values that are recorded."""
     shapes = {key: features.shapes[key] for key in features.observation_keys}
-    return {key: torch.rand((1, steps, *shape)).to(device) for key, shape in shapes.items()}
+    drawn = {key: torch.rand((1, steps, *shape)) for key, shape in shapes.items()}
+    return {key: ((one * 255).round() / 255 if is_camera(key) else one).to(device) for key, one in drawn.items()}
 
 
 def statistics_of(features: Features) -> dict[str, dict[str, Tensor]]:
@@ -92,6 +97,7 @@ def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, An
         path = Path(folder) / "policy"
         write_policy(path, build_policy(config, features, statistics_of(features), fetch_weights=False))
         ours: DiffusionPolicy = load_policy(path, device=device)
+        file = exported(ours, Path(folder) / "policy.onnx") if device == "cpu" else None
         theirs = LeRobotPolicy.from_pretrained(path)
         preprocess, postprocess = make_pre_post_processors(
             theirs.config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": device}}
@@ -115,33 +121,42 @@ def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, An
         with torch.autocast(device, torch.bfloat16):
             return act()
 
-    exact = postprocess(act_lerobot())
-    apart, rounded = (float((call().cpu() - exact).abs().max()) for call in (act, act_in_bf16))
+    def act_in_onnx() -> Tensor:
+        torch.manual_seed(1)
+        assert file is not None
+        return file.predict_action_chunk(seen, noise=noise)
+
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     calls = {"lerobot": act_lerobot, "getiaction": act}
+    if file is not None:
+        calls["getiaction onnx"] = act_in_onnx
     if multiplies_bf16(device):
         calls["getiaction bf16"] = act_in_bf16
+    exact = postprocess(act_lerobot())
+    apart = {name: float((call().cpu() - exact).abs().max()) for name, call in calls.items() if name != "lerobot"}
     taken = alternate(calls, rounds, wait, pause)
     quartiles = {name: [round(float(q), 3) for q in np.quantile(ms, (0.25, 0.5, 0.75))] for name, ms in taken.items()}
     rate = RATE.get(preset, 10.0)
     chunk_ms = config.policy.n_action_steps / rate * 1e3
-    median = statistics.median(taken["getiaction"])
+    medians = {name: statistics.median(ms) for name, ms in taken.items()}
     return {
         "preset": preset,
         "parameters": sum(weight.numel() for weight in ours.parameters()),
         "num_inference_steps": ours.num_inference_steps,
         "n_action_steps": ours.n_action_steps,
         "quartiles_ms": quartiles,
-        "ratio": round(statistics.median(taken["lerobot"]) / median, 2),
-        "ratio_bf16": round(statistics.median(taken["lerobot"]) / statistics.median(taken["getiaction bf16"]), 2)
-        if "getiaction bf16" in taken
-        else None,
+        "ratio": {name: round(medians["lerobot"] / medians[name], 2) for name in apart},
         "largest_difference": apart,
-        "largest_difference_bf16": rounded,
         "control_hz": rate,
-        "within_one_step": median < 1e3 / rate,
-        "share_of_chunk": round(median / chunk_ms, 3),
+        "within_one_step": {name: medians[name] < 1e3 / rate for name in apart},
+        "share_of_chunk": {name: round(medians[name] / chunk_ms, 3) for name in apart},
     }
+
+
+def exported(policy: DiffusionPolicy, path: Path) -> OnnxPolicy:
+    """Return a policy as ONNX Runtime runs it, on as many threads as PyTorch has."""
+    export_onnx(path, policy, num_inference_steps=policy.num_inference_steps)
+    return OnnxPolicy(path, num_threads=torch.get_num_threads())
 
 
 def main() -> None:
@@ -150,23 +165,24 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=PRESETS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--pauses", type=float, default=0.0, help="seconds between two calls")
+    parser.add_argument("--pauses", type=float, default=0.05, help="seconds between two calls")
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/inference-<date>.json")
     arguments = parser.parse_args()
     results = [measure(preset, arguments.device, arguments.rounds, arguments.pauses) for preset in arguments.presets]
     path = arguments.result or RESULTS / f"inference-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device(arguments.device))
     path.write_text(json.dumps({"date": datetime.now(UTC).isoformat(), **machine, "results": results}, indent=1) + "\n")
-    print("| preset | LeRobot, ms | here, ms | ratio | differ by | in bf16, ms | ratio | share of a chunk's time |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| preset | LeRobot, ms | here, ms | ratio | differ by | share of a chunk's time |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for result in results:
         shown = {name: f"{q[1]:.1f} [{q[0]:.1f}, {q[2]:.1f}]" for name, q in result["quartiles_ms"].items()}
-        print(
-            f"| `{result['preset']}` | {shown['lerobot']} | {shown['getiaction']} | **{result['ratio']}** | "
-            f"{result['largest_difference']:.1e} | {shown.get('getiaction bf16', '-')} | "
-            f"{result['ratio_bf16'] or '-'} | "
-            f"{result['share_of_chunk']:.1%} of {1e3 * result['n_action_steps'] / result['control_hz']:.0f} ms |"
-        )
+        for name, ratio in result["ratio"].items():
+            how = name.removeprefix("getiaction").strip()
+            print(
+                f"| `{result['preset']}`{how and f', {how}'} | {shown['lerobot']} | {shown[name]} | **{ratio}** | "
+                f"{result['largest_difference'][name]:.1e} | {result['share_of_chunk'][name]:.1%} of "
+                f"{1e3 * result['n_action_steps'] / result['control_hz']:.0f} ms |"
+            )
     print(f"written to {path}")
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from getiaction.errors import InputError
 from getiaction.interop.onnx_graph import CHUNK, NOISE, PARTS, STEP_NOISE, ChunkGraph, in_order, to_onnx
+from getiaction.interop.onnx_policy import open_session
 from getiaction.keys import ACTION, is_camera
 from getiaction.policy import DiffusionPolicy
 
@@ -110,11 +111,7 @@ def exporting_bar() -> tqdm:
 
 def compare(path: Path, graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> Comparison:
     """Run a file in ONNX Runtime, and its graph in PyTorch, on the same inputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own optimiser
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, None)
     fed = {name: value.numpy() for name, value in inputs.items()}
     ours, policy = torch.from_numpy(session.run([CHUNK], fed)[0]), graph.policy
     with torch.no_grad():

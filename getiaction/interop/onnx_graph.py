@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from getiaction.errors import InputError
+from getiaction.interop.onnx_rows import in_rows
 from getiaction.policy import DiffusionPolicy
 from getiaction.policy.steps import Step, clip_of, known_steps
 
@@ -98,7 +99,7 @@ class OneStep(nn.Module):
 
     def __init__(self, graph: ChunkGraph, names: list[str]) -> None:
         super().__init__()
-        self.unet, self.clip, self.names = graph.policy.diffusion.unet, graph.clip, names
+        self.unet, self.clip, self.names = in_rows(graph.policy.diffusion.unet), graph.clip, names
 
     def forward(self, sample: Tensor, *taken: Tensor) -> Tensor:
         """Map (B, T, Da) to (B, T, Da); `taken` are the step's numbers, (), and its noise by `names`, then its FiLM."""

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from getiaction.policy.diffusion import DiffusionPolicy
+from getiaction.policy.features import Features
+
+
+class ChunkPolicy(Protocol):
+    """Say what a controller needs of a policy: `DiffusionPolicy` has it, and so has an exported file's."""
+
+    n_obs_steps: int
+    features: Features
+
+    @property
+    def device(self) -> torch.device:
+        """Return where observations must lie."""
+
+    def eval(self) -> ChunkPolicy:
+        """Return the policy, which learns no more."""
+
+    def predict_action_chunk(self, observations: Mapping[str, Tensor], *, generator: torch.Generator) -> Tensor:
+        """Map `observation.*` (B, To, ...) to actions (B, Ta, Da), both in raw units."""
 
 
 class Controller:
@@ -27,7 +45,7 @@ class Controller:
         >>> action = controller.act({"observation.image": image, "observation.state": state})
     """
 
-    def __init__(self, policy: DiffusionPolicy, *, seed: int = 0) -> None:
+    def __init__(self, policy: ChunkPolicy, *, seed: int = 0) -> None:
         self.policy = policy.eval()
         self.device = policy.device
         self.seed = seed

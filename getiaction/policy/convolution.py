@@ -61,7 +61,7 @@ def replace_convolutions(module: nn.Module) -> None:
             replace_convolutions(child)
 
 
-def is_plain(layer: nn.Conv1d | nn.Conv2d) -> bool:
+def is_plain(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d) -> bool:
     """Tell whether a convolution has neither groups nor gaps, and pads with zeros."""
     options = (layer.groups, layer.padding_mode, set(layer.dilation), isinstance(layer.padding, str))
     return options == (1, "zeros", {1}, False)
