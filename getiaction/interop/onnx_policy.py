@@ -109,7 +109,6 @@ def open_session(path: Path, num_threads: int | None) -> Any:
         raise InputError(f"{path} is no file: write one with getiaction export RUN_FOLDER --output {path}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are about its own optimiser
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # between chunks the cores are others'
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     try:
