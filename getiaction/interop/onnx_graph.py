@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from getiaction.errors import InputError
 from getiaction.interop.onnx_rows import in_rows
-from getiaction.policy import DiffusionPolicy
+from getiaction.policy import ConditionalUnet1d, DiffusionPolicy
 from getiaction.policy.steps import Step, clip_of, known_steps
 
 NOISE, CHUNK, STEP_NOISE = "noise", "action", "step_noise"
@@ -61,25 +61,26 @@ class ChunkGraph(nn.Module):
             step_noise: (steps that add noise, B, T, Da), standard normal; None where none does.
             observations: one tensor for each of `keys`, (B, To, ...) raw units, pictures uint8.
         """
-        films, sample = self.films(observations), noise
+        films, sample = self.films(self.policy.diffusion.unet, observations), noise
         for number, step in enumerate(self.steps):
             output = self.policy.diffusion.unet.denoise(sample, [film[number] for film in films])
             fresh = step_noise[self.draws.index(number)] if step.s and step_noise is not None else None
             sample = step.take(output, sample, self.clip, fresh)
         return self.policy.executed(sample)
 
-    def films(self, observations: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the values of each FiLM layer, (S, B, C') or with scales (S, B, 2C')."""
+    def films(self, unet: ConditionalUnet1d, observations: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return the values of each FiLM layer of the policy's U-Net, (S, B, C') or with scales (S, B, 2C')."""
         policy = self.policy
         prepared = policy.prepare(dict(zip(self.keys, observations, strict=True)))
-        return policy.diffusion.unet.modulation(self.timesteps, policy.encode(policy.normalizer(prepared)))
+        return unet.modulation(self.timesteps, policy.encode(policy.normalizer(prepared)))
 
 
 class BeforeSteps(nn.Module):
     """Compute what all steps take of the observations and of the noise."""
 
-    def __init__(self, graph: ChunkGraph) -> None:
+    def __init__(self, graph: ChunkGraph, unet: ConditionalUnet1d) -> None:
         super().__init__()
+        self.unet = unet
         self.whole = graph  # torch.fx has a `graph` of its own in its modules
         row = {number: row for row, number in enumerate(graph.draws)}
         # a step that adds none takes any row, times 0
@@ -88,7 +89,7 @@ class BeforeSteps(nn.Module):
 
     def forward(self, step_noise: Tensor | None, *observations: Tensor) -> tuple[Tensor, ...]:
         """Return the noise that each step adds, (S, B, T, Da), where any does, and the values of each FiLM layer."""
-        films = self.whole.films(observations)
+        films = self.whole.films(self.unet, observations)
         if step_noise is None:
             return tuple(films)
         return step_noise.index_select(0, self.rows) * self.scales[:, None, None, None], *films
@@ -97,9 +98,9 @@ class BeforeSteps(nn.Module):
 class OneStep(nn.Module):
     """Take a step as `Step.take` does, with its numbers as inputs."""
 
-    def __init__(self, graph: ChunkGraph, names: list[str]) -> None:
+    def __init__(self, unet: ConditionalUnet1d, clip: float | None, names: list[str]) -> None:
         super().__init__()
-        self.unet, self.clip, self.names = in_rows(graph.policy.diffusion.unet), graph.clip, names
+        self.unet, self.clip, self.names = unet, clip, names
 
     def forward(self, sample: Tensor, *taken: Tensor) -> Tensor:
         """Map (B, T, Da) to (B, T, Da); `taken` are the step's numbers, (), and its noise by `names`, then its FiLM."""
@@ -146,7 +147,8 @@ def in_order(graph: ChunkGraph, inputs: Mapping[str, Tensor]) -> tuple[Tensor | 
 def to_onnx(graph: ChunkGraph, inputs: Mapping[str, Tensor], bar: tqdm) -> Any:
     """Return the ONNX model of a graph, with what a control loop must know in its metadata; move `bar` by PARTS."""
     noise, *others = in_order(graph, inputs)
-    before = BeforeSteps(graph)
+    unet = in_rows(graph.policy.diffusion.unet)
+    before = BeforeSteps(graph, unet)
     values, numbers = before(*others), numbers_of(graph.steps)
     added = [ADDED] if STEP_NOISE in inputs else []
     made = [*added, *(f"film.{number}" for number in range(len(values) - len(added)))]
@@ -157,7 +159,7 @@ def to_onnx(graph: ChunkGraph, inputs: Mapping[str, Tensor], bar: tqdm) -> Any:
     model = exported(before, tuple(others), [key for key in inputs if key != NOISE], made)
     bar.update()
     bar.set_postfix_str("the denoising step")
-    step = exported(OneStep(graph, [*numbers, *added]), (noise, *slices), ["sample", *taken], ["following"])
+    step = exported(OneStep(unet, graph.clip, [*numbers, *added]), (noise, *slices), ["sample", *taken], ["following"])
     bar.update()
     bar.set_postfix_str("what comes after the steps")
     after = exported(AfterSteps(graph.policy), (noise,), [DENOISED], [CHUNK])

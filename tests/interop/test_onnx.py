@@ -221,7 +221,7 @@ def test_the_graph_does_not_grow_with_the_steps(of_many_steps: dict[str, Any]) -
     assert len(model.graph.node) + len(step.node) < 8 * MANY  # a step alone has hundreds
     held = sum(math.prod(weights.dims) for graph in (model.graph, step) for weights in graph.initializer)
     weights = sum(weight.numel() for weight in of_many_steps["policy"].parameters())
-    assert held < weights + 100 * MANY  # each weight once, and what differs from step to step
+    assert held < weights + 400 * MANY  # each weight once, and what differs from step to step: embeddings
 
 
 def test_onnx_runtime_takes_many_steps_the_same(of_many_steps: dict[str, Any]) -> None:
