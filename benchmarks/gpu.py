@@ -174,6 +174,28 @@ def evaluation(bench: Bench) -> dict[str, Any]:
     return {"episodes": episodes, "seconds": round(seconds, 1), "episodes_per_min": round(60 * episodes / seconds, 1)}
 
 
+def compute(bench: Bench) -> dict[str, Any]:
+    """Compare a step without its data with LeRobot's: `benchmarks.compute`."""
+    from benchmarks.compute import measure
+
+    data = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo", "dataset.episodes=[0,1]"]
+    wanted = (
+        [("pusht_fast", 2)] if bench.small else [(p, b) for p in ("pusht_basic", "pusht_advanced") for b in (64, 256)]
+    )
+    rounds, steps = (2, 1) if bench.small else (7, 20)
+    more = {"data": data, "device": bench.device, "rounds": rounds, "steps": steps, "compiled": not bench.small}
+    return {f"{preset}, {batch}": measure(preset, batch, **more) for preset, batch in wanted}
+
+
+def chunks(bench: Bench) -> dict[str, Any]:
+    """Compare one action chunk with LeRobot's: `benchmarks.inference`."""
+    from benchmarks.inference import PRESETS, measure
+
+    rounds = 2 if bench.small else 20
+    wanted = PRESETS[:1] if bench.small else PRESETS
+    return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}
+
+
 def out_of_memory(bench: Bench) -> dict[str, Any]:
     """Ask for far too much, and record what the user is told."""
     if bench.device == "cpu":
@@ -190,6 +212,8 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     rows,
     resumed,
     evaluation,
+    compute,
+    chunks,
     presets,
     out_of_memory,
 )
@@ -201,12 +225,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--pictures", help="a frame cache of PushT, for a machine that cannot decode videos")
     parser.add_argument("--small", action="store_true", help="a rehearsal: few steps, small batches")
+    names = [section.__name__ for section in SECTIONS]
+    parser.add_argument(
+        "--sections", nargs="*", choices=names, default=names, help="`rows` and `evaluation` use `precisions`"
+    )
     parser.add_argument("--result", type=Path, required=True)
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": describe_machine(torch.device(arguments.device)), "small": arguments.small}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder))
-        for section in SECTIONS:
+        for section in [one for one in SECTIONS if one.__name__ in arguments.sections]:
             begin = time.perf_counter()
             try:
                 found = section(bench)
