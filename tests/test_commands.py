@@ -74,6 +74,21 @@ def test_mistakes_exit_with_2_and_one_message(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("hydra.run.dir=there",), "output_dir=here and hydra.run.dir=there both name the run's folder"),
+        (("-m", "seed=0,1"), "output_dir=here is the folder of one run, and a sweep has one for each"),
+    ],
+)
+def test_a_folder_that_would_be_passed_over_is_an_error(more: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "getiaction.train", "+preset=pusht_laptop", "output_dir=here", *more)
+    refused = run(*command, cwd=tmp_path)
+    assert (refused.returncode, refused.stderr.count("error:")) == (2, 1)
+    assert said in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dataset_that_is_nowhere_names_dataset_root(tmp_path: Path) -> None:
     failed = run(sys.executable, "-m", "getiaction.train", "+preset=pusht_cpu", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert failed.returncode == 2

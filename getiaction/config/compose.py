@@ -86,10 +86,26 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
         with exit_with_message():
+            check_folder_is_named_once(sys.argv[1:])
             check_choices([item for item in sys.argv[1:] if "=" in item and item[0] != "-"], config_name)
             return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
+
+
+def check_folder_is_named_once(arguments: list[str]) -> None:
+    """Check that no `output_dir` is given where Hydra takes the folder from elsewhere.
+
+    Raises:
+        InputError: it is.
+    """
+    own = next((item for item in arguments if item.startswith("output_dir=")), None)
+    if own is None:
+        return
+    if {"-m", "--multirun"} & set(arguments):
+        raise InputError(f"{own} is the folder of one run, and a sweep has one for each: give hydra.sweep.dir=<folder>")
+    if other := next((item for item in arguments if item.startswith("hydra.run.dir=")), None):
+        raise InputError(f"{own} and {other} both name the run's folder: leave hydra.run.dir out")
 
 
 def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schema]) -> Schema:
