@@ -1,6 +1,9 @@
 """Keep the result of a run: command, versions, hardware, the log of metrics, seconds of training, the last evaluation.
 
 python -m benchmarks.keep outputs/pusht_laptop/<date_time> benchmarks/results/pusht_laptop-<date>.json
+python -m benchmarks.keep outputs/pusht_laptop/sweep_<date_time> benchmarks/results/<what>-<date>.json
+
+Of a sweep it keeps the same of each run but the log of metrics, of which the last line is kept, and the config.
 """
 
 from __future__ import annotations
@@ -28,33 +31,62 @@ def training_seconds(lines: list[dict[str, float]]) -> float:
 def gather(run: Path) -> dict[str, Any]:
     """Return what a run's folder says."""
     lines = read_metrics(run)
-    evaluation = max((run / "evaluation").glob("*/evaluation.json"))
-    result = json.loads(evaluation.read_text())
-    with (evaluation.parent / "episodes.csv").open() as rows:
+    with (last_evaluation(run).parent / "episodes.csv").open() as rows:
         episodes = rows.read().splitlines()
     return {
-        **json.loads((run / "run.json").read_text()),
-        "training_seconds": training_seconds(lines),
-        "wall_seconds": round(lines[-1]["time"] - lines[0]["time"], 1),
-        "evaluation": {key: result[key] for key in ("episodes", "score", "success", "length", "largest", "final")},
+        **summarise(run, lines),
         "episodes": episodes,
         "metrics": lines,
         "config": yaml.safe_load((run / "config.yaml").read_text()),
     }
 
 
+def summarise(run: Path, lines: list[dict[str, float]]) -> dict[str, Any]:
+    """Return how a run was made, how long it took, and how its policy acts."""
+    result = json.loads(last_evaluation(run).read_text())
+    return {
+        **json.loads((run / "run.json").read_text()),
+        "training_seconds": training_seconds(lines),
+        "wall_seconds": round(lines[-1]["time"] - lines[0]["time"], 1),
+        "evaluation": {key: result[key] for key in ("episodes", "score", "success", "length", "largest", "final")},
+    }
+
+
+def last_evaluation(run: Path) -> Path:
+    """Return the file of a run's last evaluation."""
+    return max((run / "evaluation").glob("*/evaluation.json"))
+
+
+def gather_sweep(sweep: Path) -> list[dict[str, Any]]:
+    """Return what the folders of a sweep's runs say, in the order of the runs."""
+    runs = sorted((path.parent for path in sweep.glob("*/run.json")), key=lambda run: int(run.name))
+    return [summarise(run, lines := read_metrics(run)) | {"last_metrics": lines[-1]} for run in runs]
+
+
+def say(name: str, kept: dict[str, Any]) -> None:
+    """Print a run's result in a line."""
+    score, success = (
+        f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        for one in (kept["evaluation"][key] for key in ("score", "success"))
+    )
+    episodes, seconds = kept["evaluation"]["episodes"], kept["training_seconds"]
+    print(f"{name}: score A {score}, success B {success}, {episodes} episodes, {seconds:.0f} s of training")
+
+
 def main() -> None:
     """Gather, say and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder of a run, or of a sweep")
     parser.add_argument("result", type=Path)
     arguments = parser.parse_args()
-    kept = gather(arguments.run)
-    score, success = kept["evaluation"]["score"], kept["evaluation"]["success"]
+    if (arguments.run / "multirun.yaml").exists():
+        kept: Any = gather_sweep(arguments.run)
+        for number, one in enumerate(kept):
+            say(f"run {number}", one)
+    else:
+        kept = gather(arguments.run)
+        say(arguments.run.name, kept)
     arguments.result.write_text(json.dumps(kept, indent=1) + "\n")
-    for name, value in (("score A", score), ("success B", success)):
-        print(f"{name} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]", end=", ")
-    print(f"{kept['evaluation']['episodes']} episodes, {kept['training_seconds']:.0f} s of training")
 
 
 if __name__ == "__main__":
