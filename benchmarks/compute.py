@@ -5,8 +5,9 @@ python -m benchmarks.compute --data dataset.root=CACHE_FOLDER --batches 64 256 -
 
 Ours is a whole step of the trainer on a batch that lies ready: noise, loss, gradients, clipping, AdamW and the average.
 LeRobot's is what `lerobot_train.update_policy` does with a batch that is normalised already: loss, gradients, clipping,
-Adam, and the two numbers that it reads; it has no average. Both in float32 and under autocast to bf16, ours there also
-compiled. A time is the median over the rounds of a few steps, the first one (which compiles) apart.
+Adam, and the two numbers that it reads; it has no average. Both in float32 (on CUDA with TF32, as `hardware.tf32` says)
+and under autocast to bf16, ours there also compiled. A time is the median over the rounds of a few steps, the first
+one (which compiles) apart.
 """
 
 from __future__ import annotations

@@ -188,9 +188,10 @@ def compute(bench: Bench) -> dict[str, Any]:
 
 
 def chunks(bench: Bench) -> dict[str, Any]:
-    """Compare one action chunk with LeRobot's: `benchmarks.inference`."""
+    """Compare one action chunk with LeRobot's, in float32 without TF32: `benchmarks.inference`."""
     from benchmarks.inference import PRESETS, measure
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # training, above, lets it
     rounds = 2 if bench.small else 20
     wanted = PRESETS[:1] if bench.small else PRESETS
     return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}

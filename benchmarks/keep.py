@@ -54,13 +54,17 @@ def summarise(run: Path, lines: list[dict[str, float]]) -> dict[str, Any]:
 
 def last_evaluation(run: Path) -> Path:
     """Return the file of a run's last evaluation."""
-    return max((run / "evaluation").glob("*/evaluation.json"))
+    if not (found := sorted((run / "evaluation").glob("*/evaluation.json"))):
+        raise SystemExit(f"{run} has no evaluation: has it ended?")
+    return found[-1]
 
 
 def gather_sweep(sweep: Path) -> list[dict[str, Any]]:
     """Return what the folders of a sweep's runs say, in the order of the runs."""
-    runs = sorted((path.parent for path in sweep.glob("*/run.json")), key=lambda run: int(run.name))
-    return [summarise(run, lines := read_metrics(run)) | {"last_metrics": lines[-1]} for run in runs]
+    runs = sorted((path for path in sweep.iterdir() if path.name.isdigit()), key=lambda run: int(run.name))
+    return [
+        {"run": run.name} | summarise(run, lines := read_metrics(run)) | {"last_metrics": lines[-1]} for run in runs
+    ]
 
 
 def say(name: str, kept: dict[str, Any]) -> None:
@@ -81,8 +85,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.run / "multirun.yaml").exists():
         kept: Any = gather_sweep(arguments.run)
-        for number, one in enumerate(kept):
-            say(f"run {number}", one)
+        for one in kept:
+            say(f"run {one['run']}", one)
     else:
         kept = gather(arguments.run)
         say(arguments.run.name, kept)

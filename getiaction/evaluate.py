@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from getiaction.config.compose import job_folder
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import command_for
 from getiaction.config.schema import EvaluateConfig
@@ -75,9 +76,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
 
 def run_hydra_job(config: EvaluateConfig) -> float:
     """Evaluate under Hydra; return the score, which a sweep may maximise."""
-    from hydra.core.hydra_config import HydraConfig
-
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = job_folder(config.output_dir)
     try:
         return evaluate(config, folder).score.mean
     except KeyboardInterrupt:

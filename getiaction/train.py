@@ -6,6 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 
+from getiaction.config.compose import job_folder
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
@@ -85,7 +86,7 @@ def run_hydra_job(config: Config) -> float | None:
     from getiaction.config.sweep import in_sweep
 
     runtime = HydraConfig.get()
-    folder = Path(runtime.runtime.output_dir)
+    folder = job_folder(config.output_dir)
     if config.training.resume == "auto" or (in_sweep() and not config.resumes):
         config.training.resume = str(folder) if has_checkpoint(folder) else None
     if config.resumes:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -86,26 +87,10 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the handler below instead of Hydra's printer
     try:
         with exit_with_message():
-            check_folder_is_named_once(sys.argv[1:])
             check_choices([item for item in sys.argv[1:] if "=" in item and item[0] != "-"], config_name)
             return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
-
-
-def check_folder_is_named_once(arguments: list[str]) -> None:
-    """Check that no `output_dir` is given where Hydra takes the folder from elsewhere.
-
-    Raises:
-        InputError: it is.
-    """
-    own = next((item for item in arguments if item.startswith("output_dir=")), None)
-    if own is None:
-        return
-    if {"-m", "--multirun"} & set(arguments):
-        raise InputError(f"{own} is the folder of one run, and a sweep has one for each: give hydra.sweep.dir=<folder>")
-    if other := next((item for item in arguments if item.startswith("hydra.run.dir=")), None):
-        raise InputError(f"{own} and {other} both name the run's folder: leave hydra.run.dir out")
 
 
 def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schema]) -> Schema:
@@ -283,6 +268,21 @@ def slurm_folder(name: str) -> str:
         "training.resume=auto goes on with the run in output_dir, which has another name at each start: give "
         "output_dir=<folder>"
     )
+
+
+def job_folder(output_dir: str) -> Path:
+    """Return the folder of this Hydra job.
+
+    Raises:
+        InputError: `output_dir` was given, and Hydra takes another.
+    """
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    given = [item for item in job.overrides.task if item.lstrip("+").startswith("output_dir=")]
+    if given and Path(output_dir).resolve() != folder.resolve():
+        instead = "give hydra.sweep.dir=<folder> for all runs of a sweep" if in_sweep() else "leave hydra.run.dir out"
+        raise InputError(f"{given[-1]} would be passed over, since Hydra's folder is {folder}: {instead}")
+    return folder
 
 
 def run_folder(name: str, resume: Any) -> str:

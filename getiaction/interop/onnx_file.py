@@ -74,6 +74,8 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
         raise InputError(
             f"the policy's weights take {size / 1e9:.1f} GB, and an ONNX file ends at 2 GB: use smaller unet.down_dims"
         )
+    if kinds := {weight.dtype for weight in policy.parameters()} - {torch.float32}:
+        raise InputError(f"the policy's weights are {kinds.pop()}, and a file holds float32: export policy.float()")
     graph = ChunkGraph(policy.cpu().eval(), num_inference_steps).eval()
     inputs = example(policy, graph, batch_size)
     temporary = path.with_name(f".{path.name}.new")

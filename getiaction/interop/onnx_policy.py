@@ -35,21 +35,30 @@ class OnnxPolicy:
 
     def __init__(self, path: str | Path, *, num_threads: int | None = None) -> None:
         self._session = open_session(Path(path), num_threads)
-        said = self._session.get_modelmeta().custom_metadata_map
-        if missing := [key for key in SAID if key not in said]:
-            raise InputError(f"{path} was not written by getiaction export: it does not say its {', '.join(missing)}")
-        self.n_obs_steps, self.horizon, self.n_action_steps, self.num_inference_steps, keys = (
-            json.loads(said[key]) for key in SAID
-        )
         self._shapes = {entry.name: tuple(entry.shape) for entry in self._session.get_inputs()}
-        sizes = {key: self._shapes[key][2:] for key in keys}  # without B and To
-        self.batch_size, _, action_dim = self._shapes[NOISE]
-        self.features = Features(
-            action_dim=action_dim,
-            state_dim=sizes[OBS_STATE][0] if OBS_STATE in sizes else None,
-            env_state_dim=sizes[OBS_ENV_STATE][0] if OBS_ENV_STATE in sizes else None,
-            cameras={key: size for key, size in sizes.items() if is_camera(key)},
-        )
+        chunk = {entry.name: tuple(entry.shape) for entry in self._session.get_outputs()}
+        said = self._session.get_modelmeta().custom_metadata_map
+        try:
+            self.n_obs_steps, self.horizon, self.n_action_steps, self.num_inference_steps, keys = (
+                json.loads(said[key]) for key in SAID
+            )
+            self.batch_size, horizon, action_dim = self._shapes[NOISE]
+            sizes = {key: self._shapes[key][2:] for key in keys}  # without B and To
+            seen = {self._shapes[key][:2] for key in keys}
+            self.features = Features(
+                action_dim=action_dim,
+                state_dim=sizes[OBS_STATE][0] if OBS_STATE in sizes else None,
+                env_state_dim=sizes[OBS_ENV_STATE][0] if OBS_ENV_STATE in sizes else None,
+                cameras={key: size for key, size in sizes.items() if is_camera(key)},
+            )
+            fits = seen == {(self.batch_size, self.n_obs_steps)} and horizon == self.horizon
+            fits = fits and chunk[CHUNK] == (self.batch_size, self.n_action_steps, action_dim)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} was not written by getiaction export: {error!r} in what it says of itself"
+            ) from error
+        if not fits:
+            raise InputError(f"{path} does not do what it says of itself: write it again with getiaction export")
 
     def eval(self) -> OnnxPolicy:
         """Return itself: it does not learn."""
@@ -74,25 +83,38 @@ class OnnxPolicy:
             (B, Ta, Da).
 
         Raises:
-            ValueError: B is not the file's.
+            ValueError: B, or another size, is not the file's; or a picture holds other numbers.
         """
-        fed = {key: self._ready(key, observations[key]) for key in self.features.observation_keys}
-        fed[NOISE] = torch.randn(self._shapes[NOISE], generator=generator) if noise is None else noise
+        given: dict[str, Tensor] = {key: observations[key] for key in self.features.observation_keys}
+        given[NOISE] = torch.randn(self._shapes[NOISE], generator=generator) if noise is None else noise
         if STEP_NOISE in self._shapes:
             steps, *shape = self._shapes[STEP_NOISE]  # drawn step by step: at once they would be other numbers
-            fed[STEP_NOISE] = torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])
-        (chunk,) = self._session.run([CHUNK], {name: value.contiguous().numpy() for name, value in fed.items()})
+            given[STEP_NOISE] = torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])
+        fed = {name: self._ready(name, value).contiguous().numpy() for name, value in given.items()}
+        (chunk,) = self._session.run([CHUNK], fed)
         return torch.from_numpy(chunk)
 
-    def _ready(self, key: str, value: Tensor) -> Tensor:
-        if len(value) != self.batch_size:
-            raise ValueError(
-                f"{key} has {len(value)} rows, and the file was written for {self.batch_size}: write another with "
-                f"getiaction export --batch-size {len(value)}"
-            )
-        if is_camera(key):
-            return value if value.dtype == torch.uint8 else (value * 255).round().to(torch.uint8)
-        return value.float()
+    def _ready(self, name: str, value: Tensor) -> Tensor:
+        wanted, got = self._shapes[name], tuple(value.shape)
+        if got != wanted:
+            other = got[1:] == wanted[1:]
+            advice = f": write another file with getiaction export --batch-size {len(value)}" if other else ""
+            raise ValueError(f"{name} must have shape {wanted}, got {got}{advice}")
+        value = value.detach()
+        return as_recorded(name, value) if is_camera(name) else value.float()
+
+
+def as_recorded(key: str, pictures: Tensor) -> Tensor:
+    """Return pictures as uint8; what resizing left a little below 0 or above 1 is cut off.
+
+    Raises:
+        ValueError: they are neither uint8 nor float in [0, 1].
+    """
+    if pictures.dtype == torch.uint8:
+        return pictures
+    if not pictures.is_floating_point() or not ((pictures > -0.5) & (pictures < 1.5)).all():  # NaN is neither
+        raise ValueError(f"{key} must be uint8, or float in [0, 1]; it is {pictures.dtype} and holds other numbers")
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def open_session(path: Path, num_threads: int | None) -> Any:

@@ -71,13 +71,15 @@ class Controller:
             ValueError: an observation that the policy needs is missing, or has another shape.
         """
         step, batched = self._check(observation)
-        self._history.append(step)
-        while len(self._history) < self.policy.n_obs_steps:
-            self._history.append(step)
+        history = self._history.copy()
+        history.append(step)
+        while len(history) < self.policy.n_obs_steps:
+            history.append(step)
         if not self._queue:
-            stacked = {key: torch.stack([past[key] for past in self._history], dim=1) for key in step}  # (B, To, ...)
+            stacked = {key: torch.stack([past[key] for past in history], dim=1) for key in step}  # (B, To, ...)
             chunk = self.policy.predict_action_chunk(stacked, generator=self._generator)
             self._queue.extend(chunk.unbind(1))  # Ta x (B, Da)
+        self._history = history  # not if the policy refused it
         action = self._queue.popleft()
         return action if batched else action[0]
 

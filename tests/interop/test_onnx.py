@@ -21,7 +21,7 @@ from getiaction.errors import InputError
 from getiaction.export import main
 from getiaction.interop.lerobot import load_policy
 from getiaction.interop.onnx_file import STEP_NOISE, ChunkGraph, example, export_onnx, in_order
-from getiaction.interop.onnx_policy import OnnxPolicy
+from getiaction.interop.onnx_policy import OnnxPolicy, as_recorded
 from getiaction.policy import ConditionalUnet1d, Controller, DiffusionPolicy, Features, ImageEncoder, Normalizer
 
 RUN_WITHOUT_TORCH = """
@@ -174,7 +174,7 @@ def test_pictures_may_be_numbers_from_0_to_1(exported: dict[str, Any]) -> None:
 def test_another_number_of_robots_is_told_what_to_do(exported: dict[str, Any]) -> None:
     file = OnnxPolicy(exported["path"])
     seen = {key: torch.zeros(1, 2, *file.features.shapes[key]) for key in file.features.observation_keys}
-    with pytest.raises(ValueError, match=r"has 1 rows, and the file was written for 2: .*--batch-size 1"):
+    with pytest.raises(ValueError, match=r"must have shape \(2, 2, .*, got \(1, 2, .*--batch-size 1"):
         file.predict_action_chunk(seen)
 
 
@@ -190,8 +190,70 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "other", [x], [y])
     onnx.save(helper.make_model(graph, ir_version=10), tmp_path / "other.onnx")
-    with pytest.raises(InputError, match="was not written by getiaction export: it does not say its n_obs_steps"):
+    with pytest.raises(InputError, match=r"was not written by getiaction export: KeyError\('n_obs_steps'\)"):
         OnnxPolicy(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_obs_steps", '"two"'),
+        ("n_obs_steps", "3"),
+        ("n_obs_steps", "no JSON"),
+        ("observations", '["observation.image.none"]'),
+        ("observations", "3"),
+        ("observations", "[]"),
+        ("n_action_steps", "99"),
+        ("horizon", "null"),
+    ],
+)
+def test_files_that_say_something_else_of_themselves_are_refused(
+    exported: dict[str, Any], key: str, value: str, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(exported["path"])
+    (entry,) = (one for one in model.metadata_props if one.key == key)
+    entry.value = value
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(InputError, match=r"changed\.onnx (was not written by|does not do what it says)"):
+        OnnxPolicy(tmp_path / "changed.onnx")
+
+
+@pytest.mark.parametrize("pictures", [torch.full((2, 3), 200), torch.full((2, 3), 200.0), torch.full((2, 3), math.nan)])
+def test_pictures_of_other_numbers_are_refused(pictures: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be uint8, or float in \[0, 1\]"):
+        as_recorded("observation.image", pictures)
+
+
+def test_what_resizing_left_outside_is_cut_off() -> None:
+    assert as_recorded("observation.image", torch.tensor([-0.01, 0.0, 0.5, 1.0, 1.01])).tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
+
+
+def test_what_a_policy_takes_a_file_takes(exported: dict[str, Any]) -> None:
+    file, fed = OnnxPolicy(exported["path"]), exported["inputs"]
+    seen = {key: torch.from_numpy(fed[key]) for key in file.features.observation_keys}
+    noise = torch.from_numpy(fed["noise"])
+
+    def act(kind: torch.dtype, *, learns: bool) -> Tensor:
+        given = {key: one if one.ndim > 3 else one.double().requires_grad_(learns) for key, one in seen.items()}
+        return file.predict_action_chunk(given, noise=noise.to(kind), generator=torch.Generator().manual_seed(0))
+
+    assert torch.equal(act(torch.float32, learns=False), act(torch.float64, learns=True))
+
+
+def test_a_policy_in_another_precision_is_told_what_to_do(tmp_path: Path) -> None:
+    policy = make("states").bfloat16()
+    with pytest.raises(
+        InputError, match=r"weights are torch\.bfloat16, and a file holds float32: export policy\.float"
+    ):
+        export_onnx(tmp_path / "policy.onnx", policy, num_inference_steps=2)
 
 
 # --- many steps -------------------------------------------------------------------------------------------------------

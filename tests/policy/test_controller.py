@@ -55,6 +55,16 @@ def test_the_global_generator_is_left_alone(make_policy) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_refused_step_leaves_no_trace(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, steps = make_policy(), walk(3)
+    refused, plain = Controller(policy, seed=1), Controller(policy, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "predict_action_chunk", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            refused.act(walk(1, batch_size=4)[0])
+    assert all(torch.equal(refused.act(step), plain.act(step)) for step in steps)
+
+
 def test_a_batch_dimension_is_kept(make_policy) -> None:
     policy = make_policy()
     assert Controller(policy).act(walk(1)[0]).shape == (2,)

@@ -1,7 +1,7 @@
 """Take a step on CUDA without a GPU: PyTorch's fake tensors say where they lie and hold no numbers.
 
-Whoever mixes devices, or makes the host wait for a number, is told so. What is left out is what needs a driver: the
-backward pass, pinned memory, kernels.
+Whoever computes with tensors of two devices, or brings a number to the host, is told so. What is left out is what needs
+a driver: the backward pass, pinned memory, kernels; and small tensors that are made on the way to the device.
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ CUDA = torch.device("cuda", 0)
 
 
 class RealOnCpu(TorchDispatchMode):
-    """Let fake tensors stand for CUDA only; what concerns the CPU alone is done for real."""
+    """Let fake tensors stand for CUDA only; what concerns the CPU alone is done for real, copies to it are refused."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
+        if brings_to_host(func, args, named):
+            raise RuntimeError("the host waits for a copy")
         for one in tree_leaves((args, named)):
             if isinstance(one, FakeTensor) or (isinstance(one, torch.device) and one.type == "cuda"):
                 return func(*args, **named)
         with unset_fake_temporarily():
             return func(*args, **named)
+
+
+def brings_to_host(func: Any, args: Any, named: Any) -> bool:
+    """Tell whether an operation copies from CUDA to the CPU."""
+    if func is torch.ops.aten._to_copy.default:
+        return args[0].is_cuda and getattr(named.get("device"), "type", "cuda") == "cpu"
+    return func is torch.ops.aten.copy_.default and args[1].is_cuda and not args[0].is_cuda
 
 
 def on_cuda(tensor: Tensor) -> Tensor:
@@ -103,9 +112,18 @@ def test_a_chunk_mixes_no_devices_and_waits_for_nothing(trainer: Trainer):
     assert policy.predict_action_chunk(seen, noise=noise).device == CUDA
 
 
-def test_who_waits_for_a_number_is_told(trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Ema, "update", lambda own, module, step: next(module.parameters()).sum().item())
-    with pytest.raises(DataDependentOutputException):
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda weight: weight.sum().item(),
+        lambda weight: weight.sum().cpu(),
+        lambda weight: weight.to("cpu"),
+        lambda weight: torch.empty(weight.shape).copy_(weight),
+    ],
+)
+def test_who_waits_for_a_number_is_told(wait: Any, trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Ema, "update", lambda own, module, step: wait(next(module.parameters()).detach()))
+    with pytest.raises((DataDependentOutputException, RuntimeError), match=r"_local_scalar_dense|the host waits"):
         trainer._optimise(trainer.batches.step(0))
 
 
