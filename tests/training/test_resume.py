@@ -325,7 +325,8 @@ def test_a_run_of_before_there_were_mirrors_goes_on_without(tiny: Any, helpers: 
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del config["mirror"], config["training"]["observation_noise"], config["policy"]["loss_weighting"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    now = compose(["+preset=pusht_laptop", "training.observation_noise=0.1", f"training.resume={tmp_path}"])
+    more = ("training.observation_noise=0.1", "policy.loss_weighting=min_snr")
+    now = compose(["+preset=pusht_laptop", *more, f"training.resume={tmp_path}"])
     assert now.mirror["_target_"] is not None
     assert now.policy.loss_weighting == "min_snr"
     resumed = resumed_config(now, [f"training.resume={tmp_path}"], tmp_path)
