@@ -62,6 +62,7 @@ def evaluate_lerobot(
     ]
     command += [f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
     command += [] if pictures else ["--env.obs_type=environment_state_agent_pos"]
+    command += ["--eval.use_async_envs=false"] if batch_size > 1 else []  # its workers do not know gym_pusht
     seconds = run(command, folder)
     said = json.loads((folder / "lerobot/eval_info.json").read_text())
     return command, seconds, said["overall"]["eval_s"]
