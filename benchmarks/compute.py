@@ -7,7 +7,8 @@ Ours is a whole step of the trainer on a batch that lies ready: noise, loss, gra
 LeRobot's is what `lerobot_train.update_policy` does with a batch that is normalised already: loss, gradients, clipping,
 Adam, and the two numbers that it reads; it has no average. Both in float32 (on CUDA with TF32, as `hardware.tf32` says)
 and under autocast to bf16, ours there also compiled. A time is the median over the rounds of a few steps, the first
-one (which compiles) apart.
+one (which compiles) apart. On a CPU LeRobot profits from what our trainer does to the process (`training/heap.py`);
+`benchmarks.train` measures both as users run them.
 """
 
 from __future__ import annotations
