@@ -22,6 +22,7 @@ import numpy as np
 
 from getiaction.data.cache import load_episodes
 from getiaction.data.metadata import find_dataset
+from getiaction.machine import kept_scheduling
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = {"pusht_basic": 12, "pusht_advanced": 8, "pusht_fast": 20, "pusht_cpu": None, "pusht_multigpu": 4, "aloha": 4}
@@ -72,6 +73,7 @@ def measure_decoding(root: Path, folder: Path) -> dict[str, float]:
     return seconds
 
 
+@kept_scheduling()
 def make_aloha(folder: Path) -> Path:
     """Record a dataset of ALOHA's shapes: 14 joints, two 480x640 cameras, 50 Hz. Content does not matter to speed."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset

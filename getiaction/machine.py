@@ -1,10 +1,32 @@
-"""Tell what this machine has."""
+"""Tell what this machine has, and share it with others."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 def count_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def kept_scheduling() -> Iterator[None]:
+    """Give this thread its scheduling policy back at the end.
+
+    SVT-AV1, which LeRobot encodes videos with, takes real time for whoever calls it as root (as in most containers),
+    for good: priority 99, first in, first out. All that such a process starts inherits it, and a few of them keep
+    everything else from the cores.
+
+    Source: sched(7); SVT-AV1, Source/Lib/Codec/svt_threads.c.
+    """
+    if not hasattr(os, "sched_setscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
+from getiaction.machine import kept_scheduling
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads must not take the cores of others
@@ -60,6 +62,13 @@ def pusht_keypoints_root() -> Path:
     return SHARED / "pusht_keypoints"
 
 
+@pytest.fixture(autouse=True)
+def _shares_the_cores() -> Iterator[None]:
+    """Fail if this process has taken real time: the other worker and all children would wait for it."""
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 MakeDataset = Callable[..., Path]
 
 
@@ -67,6 +76,7 @@ MakeDataset = Callable[..., Path]
 def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
     """Return a function that records a small LeRobotDataset with LeRobot's own writer."""
 
+    @kept_scheduling()
     def make(
         *,
         lengths: tuple[int, ...] = (12, 9),

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from getiaction.data.writer import write_dataset
 from getiaction.demonstrate import main
 from getiaction.simulation.demonstrations import DONE, REWARD, SUCCESS, Attempts, collect, demonstrate
 from getiaction.simulation.environment import Step
@@ -64,6 +65,16 @@ def test_undisturbed_actions_played_again_bring_the_recorded_rewards() -> None:
     assert frames[SUCCESS].any()
     assert frames[OBS_IMAGE].shape == (len(frames["action"]), 3, 96, 96)
     assert frames[DONE].tolist() == [False] * (len(frames["action"]) - 1) + [True]
+
+
+def test_writing_leaves_this_process_its_place_among_others(tmp_path: Path) -> None:
+    """The video encoder takes real time from root, and would keep it."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    frames = demonstrate(PushT(), 5, 0)
+    assert frames is not None
+    short = {key: value[:3] for key, value in frames.items()}
+    write_dataset(tmp_path / "dataset", [short], repo_id="me/pushes", fps=10, task="push", readme="")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
 
 
 def test_it_goes_on_after_success_while_it_improves() -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from getiaction.keys import is_camera
+from getiaction.machine import kept_scheduling
 
 Frames = Mapping[str, np.ndarray]
 KEY_FRAME_EVERY = 10  # pictures: 45% smaller than LeRobot's 2, which is for reading at random; we decode once, in order
 
 
+@kept_scheduling()
 def write_dataset(root: Path, recordings: Iterable[Frames], *, repo_id: str, fps: int, task: str, readme: str) -> Path:
     """Write recordings to a new folder, beside its place first: it is whole, or not there.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from getiaction.data.episodes import Episodes, back_to_back
+from getiaction.machine import kept_scheduling
 
 CAMERAS = ["observation.images.top", "observation.images.wrist"]
 
@@ -105,6 +106,7 @@ def run_python(python: Python) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+@kept_scheduling()
 def many_files_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return four episodes of one camera spread over several tables and videos, as LeRobot splits large datasets."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
