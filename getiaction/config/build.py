@@ -145,6 +145,7 @@ def build_policy(
                 num_inference_steps=policy.num_inference_steps,
                 use_separate_rgb_encoder_per_camera=policy.use_separate_rgb_encoder_per_camera,
                 do_mask_loss_for_padding=policy.do_mask_loss_for_padding,
+                drop_n_last_frames=config.drop_n_last_frames,
                 prediction_type=config.scheduler.get("prediction_type"),
                 loss_weighting=policy.loss_weighting,
             )

@@ -55,6 +55,7 @@ def describe(policy: DiffusionPolicy) -> dict[str, Any]:
             "num_inference_steps": policy.num_inference_steps,
             "use_separate_rgb_encoder_per_camera": policy.use_separate_rgb_encoder_per_camera,
             "do_mask_loss_for_padding": policy.do_mask_loss_for_padding,
+            "drop_n_last_frames": policy.drop_n_last_frames,
         },
         "noising": {"prediction_type": policy.prediction_type, "loss_weighting": policy.noising.loss_weighting},
     }

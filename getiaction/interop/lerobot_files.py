@@ -72,7 +72,7 @@ def lerobot_config(policy: DiffusionPolicy) -> dict[str, Any]:
         "horizon": policy.horizon,
         "n_action_steps": policy.n_action_steps,
         "normalization_mapping": normalization_mapping(policy),
-        "drop_n_last_frames": max(policy.horizon - policy.n_action_steps - policy.n_obs_steps + 1, 0),
+        "drop_n_last_frames": policy.drop_n_last_frames,
         "use_separate_rgb_encoder_per_camera": policy.use_separate_rgb_encoder_per_camera,
         "down_dims": list(unet.down_dims),
         "kernel_size": unet.kernel_size,

@@ -35,6 +35,7 @@ ADDED_LATER: dict[str, Any] = {  # keys that older versions did not write, with 
     "gradient_checkpointing": False,
     "num_inference_steps": None,
     "do_mask_loss_for_padding": False,
+    "drop_n_last_frames": None,
 }
 UNET_KEYS = (
     "down_dims",
@@ -51,6 +52,7 @@ POLICY_KEYS = (
     "num_inference_steps",
     "use_separate_rgb_encoder_per_camera",
     "do_mask_loss_for_padding",
+    "drop_n_last_frames",
 )
 ENCODER_KEYS = (
     "vision_backbone",
@@ -84,7 +86,6 @@ WITHOUT_EFFECT = (  # on how a policy acts
     "pretrained_backbone_weights",
     "compile_model",
     "compile_mode",
-    "drop_n_last_frames",
     "optimizer_lr",
     "optimizer_betas",
     "optimizer_eps",

@@ -46,6 +46,8 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: denoising steps when acting; None means all of them.
         use_separate_rgb_encoder_per_camera: one encoder for each camera, or one shared.
         do_mask_loss_for_padding: leave actions past the episode's end out of the loss.
+        drop_n_last_frames: frames at each episode's end that start no sample in training; None means as many as keep the
+            executed actions of all others within the episode. The policy remembers it for who trains it further.
         prediction_type, loss_weighting: as `Noising` takes them.
     """
 
@@ -63,6 +65,7 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: int | None = None,
         use_separate_rgb_encoder_per_camera: bool = False,
         do_mask_loss_for_padding: bool = False,
+        drop_n_last_frames: int | None = None,
         prediction_type: str | None = None,
         loss_weighting: str = "none",
     ) -> None:
@@ -73,6 +76,8 @@ class DiffusionPolicy(nn.Module):
         self.num_inference_steps = num_inference_steps or self.num_train_timesteps
         self.use_separate_rgb_encoder_per_camera = use_separate_rgb_encoder_per_camera
         self.do_mask_loss_for_padding = do_mask_loss_for_padding
+        within = horizon - n_action_steps - n_obs_steps + 1
+        self.drop_n_last_frames = within if drop_n_last_frames is None else drop_n_last_frames
         if features.cameras and encoder is None:
             raise ValueError(
                 f"the observations {', '.join(features.cameras)} need an encoder: set backbone, or leave them out"

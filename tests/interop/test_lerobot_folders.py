@@ -342,3 +342,4 @@ def test_lerobot_trains_our_checkpoint_further_and_it_comes_back(keypoints_run: 
     moved = [float((after.state_dict()[key] - value).abs().max()) for key, value in before.state_dict().items()]
     assert 0 < max(moved) < 1e-3  # two small steps from our weights, not from drawn ones
     assert after.normalizer.modes == before.normalizer.modes
+    assert (before.drop_n_last_frames, after.drop_n_last_frames) == (3, 3)  # it was trained on the same samples
