@@ -46,8 +46,8 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: denoising steps when acting; None means all of them.
         use_separate_rgb_encoder_per_camera: one encoder for each camera, or one shared.
         do_mask_loss_for_padding: leave actions past the episode's end out of the loss.
-        drop_n_last_frames: frames at each episode's end that start no sample in training; None means as many as keep the
-            executed actions of all others within the episode. The policy remembers it for who trains it further.
+        drop_n_last_frames: frames at each episode's end that start no sample in training, remembered for who trains the
+            policy further; None means as many as keep the executed actions of all others within the episode.
         prediction_type, loss_weighting: as `Noising` takes them.
     """
 
