@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--pauses", type=float, default=0.05, help="seconds between two calls")
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/inference-<date>.json")
     arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 says float32
     results = [measure(preset, arguments.device, arguments.rounds, arguments.pauses) for preset in arguments.presets]
     path = arguments.result or RESULTS / f"inference-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device(arguments.device))

@@ -247,6 +247,13 @@ def check_devices(config: Config) -> Iterator[Problem]:
         yield Problem(
             "hardware.compile=true needs a C++ compiler (g++), and none is here: install one, or leave it out"
         )
+    accumulation = config.training.gradient_accumulation_steps
+    if hardware.compile and hardware.compile_mode != "default" and accumulation > 1:  # pytorch issue 169545
+        yield Problem(
+            f"hardware.compile_mode={hardware.compile_mode} records CUDA graphs, whose gradients the next micro-batch "
+            f"overwrites, and training.gradient_accumulation_steps={accumulation} adds them up: use "
+            "hardware.compile_mode=default or training.gradient_accumulation_steps=1"
+        )
     if hardware.num_nodes > 1 and not (hardware.rendezvous or "WORLD_SIZE" in os.environ):
         yield Problem(
             f"hardware.num_nodes={hardware.num_nodes} needs a place where they meet: hardware.rendezvous=<host>:29500, "

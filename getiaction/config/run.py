@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
 from getiaction.config.build import (
@@ -71,7 +71,10 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
         ),
         log_with=tracker_setup(config.tracker.name) or None,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one decodes while the others wait
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # one decodes while the others wait
+            DistributedDataParallelKwargs(broadcast_buffers=not hardware.sync_batch_norm),  # they are the same then
+        ],
     )
     if config.tracker.name != "local":
         group = config.tracker.group or (folder.parent.name if in_sweep() else None)
@@ -116,6 +119,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
     if config.hardware.compile:
+        torch._dynamo.reset()  # what a sweep compiled before would make this run's sizes symbolic, and it slower
         policy.compile(mode=config.hardware.compile_mode)  # in place: the average was copied before, and keys stay
     metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
     model, prepared = accelerator.prepare(policy, optimizer)
@@ -204,7 +208,7 @@ def check_optimizer(config: Config) -> None:
 def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
     """Bring the policy to its device, its norms and memory order as the hardware wants them."""
     if hardware.sync_batch_norm and accelerator.num_processes > 1:
-        policy = synchronise_batch_norm(policy, accelerator.device)  # type: ignore[assignment]
+        synchronise_batch_norm(policy)
     policy = policy.to(accelerator.device)
     if hardware.channels_last:
         for encoder in policy.encoders:

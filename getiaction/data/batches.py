@@ -360,7 +360,7 @@ def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = 
 
     def work() -> None:
         try:
-            if device.type == "cuda":
+            if device.type == "cuda" and device.index is not None:  # without one it is the first, as in any thread
                 torch.cuda.set_device(device)  # a thread has a current device of its own
             if all(put(("item", item)) for item in items):
                 put(("end", None))

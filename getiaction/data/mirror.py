@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Mirror:
     """
 
     features: Mapping[str, Mapping[str, Any]]
+    _ready: dict[tuple, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for key, entry in self.features.items():
@@ -66,12 +67,17 @@ class Mirror:
 
     def vector(self, key: str, values: Tensor) -> Tensor:
         """Mirror vectors (..., D), in raw units."""
-        entry = self.features[key]
-        scale, offset = (
-            torch.as_tensor(entry.get(name, usual), dtype=values.dtype, device=values.device)
-            for name, usual in (("scale", 1.0), ("offset", 0.0))
-        )
-        return values[..., list(entry["order"])] * scale + offset
+        place = (key, values.dtype, values.device)
+        if place not in self._ready:  # brought to a device once: at each step the host would wait for it
+            entry = self.features[key]
+            order = torch.tensor(list(entry["order"]), device=values.device)
+            scale, offset = (
+                torch.as_tensor(entry.get(name, usual), dtype=values.dtype, device=values.device)
+                for name, usual in (("scale", 1.0), ("offset", 0.0))
+            )
+            self._ready[place] = order, scale, offset
+        order, scale, offset = self._ready[place]
+        return values.index_select(-1, order) * scale + offset
 
     def picture(self, key: str, pixels: Tensor) -> Tensor:
         """Mirror pictures (..., H, W, C)."""

@@ -1,4 +1,4 @@
-"""Normalise by the batch of all processes: torch's own on GPUs, the same on CPUs, where torch has none."""
+"""Normalise by the batch of all processes: torch's own has the host wait in every layer, and does not know CPUs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(pictures.dtype)
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return `module` with batch norm over all processes; names and parameters stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+def synchronise_batch_norm(module: nn.Module) -> None:
+    """Let all batch norms below `module` look at all processes; names and parameters stay."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 other = SyncBatchNorm2d(child.num_features, child.eps, child.momentum)
                 other.load_state_dict(child.state_dict())
                 parent.add_module(name, other)
-    return module

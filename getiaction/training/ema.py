@@ -16,7 +16,7 @@ class Ema:
 
     The decay of update n, counted from 0, is `min(1 - n ** -power, max_decay)`, and 0 for the first two: the reference
     recipe (real-stanford/diffusion_policy, `EMAModel`; it copies the affine weights of batch norm, we average them).
-    All tensors are updated by two fused calls, with no host-device synchronisation.
+    All tensors are updated by a few fused calls, with no host-device synchronisation.
 
     Args:
         module: the module to follow; `average` starts as its copy.
@@ -25,6 +25,7 @@ class Ema:
     def __init__(self, module: Module, *, power: float = 0.75, max_decay: float = 0.9999) -> None:
         self.power, self.max_decay = power, max_decay
         self.average = copy.deepcopy(module).eval().requires_grad_(False)
+        self._pairs: Pairs | None = None
 
     def decay(self, step: int) -> float:
         """Return the decay of update number `step`, counted from 0."""
@@ -33,8 +34,29 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 0."""
-        averages: list[Tensor] = list(self.average.parameters())
-        weights: list[Tensor] = list(module.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
-        if buffers := list(self.average.buffers()):
-            torch._foreach_copy_(buffers, list(module.buffers()))
+        if self._pairs is None or self._pairs.module is not module:
+            self._pairs = Pairs(self.average, module)
+        torch._foreach_lerp_(*self._pairs.weights, 1 - self.decay(step))
+        for averages, buffers in self._pairs.buffers:
+            torch._foreach_copy_(averages, buffers)
+
+
+class Pairs:
+    """Hold the tensors of an average and of what it follows: finding a thousand of them takes as long as a small step.
+
+    Args:
+        average: its tensors must stay what they are, and so must those of `module`; their values may change.
+    """
+
+    def __init__(self, average: nn.Module, module: nn.Module) -> None:
+        self.module = module
+        self.weights: tuple[list[Tensor], list[Tensor]] = list(average.parameters()), list(module.parameters())
+        kept = [saved_buffers(average), saved_buffers(module)]
+        types = {buffer.dtype for buffer in kept[0]}  # one fused copy takes tensors of one type
+        self.buffers = [[[one for one in side if one.dtype == dtype] for side in kept] for dtype in types]
+
+
+def saved_buffers(module: nn.Module) -> list[Tensor]:
+    """Return the buffers that are part of a module's state; the others are constants."""
+    names = module.state_dict().keys()
+    return [buffer for name, buffer in module.named_buffers() if name in names]

@@ -61,6 +61,10 @@ ERRORS = [
     (["dataset.val_fraction=1"], "dataset.val_fraction=1.0 must be in [0, 1)"),
     (["dataset.image_stats=zero"], "must be one of imagenet, half, dataset"),
     (["hardware.mixed_precision=fp8"], "must be one of no, bf16, fp16, auto"),
+    (
+        ["hardware.compile=true", "hardware.compile_mode=reduce-overhead", "training.gradient_accumulation_steps=2"],
+        "whose gradients the next micro-batch overwrites, and training.gradient_accumulation_steps=2 adds them up",
+    ),
     (["hardware.num_processes=64"], "hardware.num_processes=64 needs as many GPUs"),
     (["+scheduler.noise=1"], "scheduler cannot be built"),
     (["scheduler._target_=diffusers.NoScheduler"], "scheduler cannot be built"),

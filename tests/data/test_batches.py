@@ -279,6 +279,11 @@ def test_prefetching_ends_its_thread_when_the_consumer_stops() -> None:
     assert not thread.is_alive()
 
 
+def test_prefetching_takes_a_gpu_without_a_number() -> None:
+    """Accelerate names the only GPU of a process so, and `torch.cuda.set_device` refuses that."""
+    assert list(prefetched(iter([[], []]), 1, torch.device("cuda"))) == [[], []]
+
+
 def test_prefetching_ends_its_thread_at_the_end() -> None:
     before = set(threading.enumerate())
     assert len(list(prefetched(([] for _ in range(5)), 2))) == 5

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from getiaction.config.build import build_mirror
 from getiaction.config.compose import compose
@@ -160,3 +161,25 @@ def test_each_joint_has_its_own_sign() -> None:
     torch.testing.assert_close(
         arms.vector(ACTION, torch.tensor([1.0, 2.0, 3.0, 4.0])), torch.tensor([3.0, 2.0, 1.0, 4.0])
     )
+
+
+class Seen(TorchDispatchMode):
+    """Remember the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_its_numbers_are_brought_to_the_device_once() -> None:
+    mirror = build_mirror(compose(["+preset=pusht_basic", "mirror=pusht"]))
+    assert mirror is not None
+    values = torch.rand(3, 2, 2)
+    first = mirror.vector(OBS_STATE, values)
+    with Seen() as seen:
+        assert torch.equal(mirror.vector(OBS_STATE, values), first)
+    assert seen.names == {"index_select", "mul", "add", "equal"}
