@@ -37,6 +37,7 @@ RECIPE = [
     "unet=small",
     "unet.kernel_size=5",
     "unet.n_groups=8",
+    "policy.drop_n_last_frames=3",
     "scheduler.prediction_type=sample",
     "training.batch_size=256",
     "training.noise_draws=4",
