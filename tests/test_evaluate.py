@@ -28,7 +28,7 @@ from getiaction.interop.lerobot import load_policy
 SHORT = ("env=pusht", "env.max_steps=20", "device=cpu", "num_threads=1", "videos=false", "num_workers=0")
 SLOW = (*SHORT[:1], "env.max_steps=120", *SHORT[2:], "num_envs=1")
 ENDLESS = (*SLOW, "episodes=500")  # a minute and more
-PATIENCE = 120  # seconds until a test gives up waiting for a process
+PATIENCE = 300  # seconds until a test gives up waiting for a process
 
 Command = Callable[..., int]
 

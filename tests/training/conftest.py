@@ -48,7 +48,7 @@ WITH_PICTURES = (  # ResNet-18: ten times slower
     "backbone.resize_shape=[40,40]",
     "backbone.crop_shape=[36,36]",
 )
-PATIENCE = 120  # seconds until a test gives up waiting for a process
+PATIENCE = 300  # seconds until a test gives up waiting for a process
 
 
 @dataclass(frozen=True)
