@@ -12,6 +12,13 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def scheduling() -> tuple[int, int] | None:
+    """Return the scheduling policy of this thread and its real-time priority; None where there is no such thing."""
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        return None
+    return os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+
+
 @contextlib.contextmanager
 def kept_scheduling() -> Iterator[None]:
     """Give this thread its scheduling policy back at the end.
@@ -22,11 +29,10 @@ def kept_scheduling() -> Iterator[None]:
 
     Source: sched(7); SVT-AV1, Source/Lib/Codec/svt_threads.c.
     """
-    if not hasattr(os, "sched_setscheduler"):  # not Linux
-        yield
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    before = scheduling()
     try:
         yield
     finally:
-        os.sched_setscheduler(0, policy, parameters)
+        if before is not None:
+            policy, priority = before
+            os.sched_setscheduler(0, policy, os.sched_param(priority))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from getiaction.machine import kept_scheduling
+from getiaction.machine import kept_scheduling, scheduling
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -27,6 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # TensorBoard's logging closes what sys.stderr was when it was imported: here that is where pytest keeps what tests say.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
+AT_START = scheduling()
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -66,7 +67,7 @@ def pusht_keypoints_root() -> Path:
 def _shares_the_cores() -> Iterator[None]:
     """Fail if this process has taken real time: the other worker and all children would wait for it."""
     yield
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert scheduling() == AT_START
 
 
 MakeDataset = Callable[..., Path]

@@ -17,6 +17,7 @@ import pytest
 
 from getiaction.data.writer import write_dataset
 from getiaction.demonstrate import main
+from getiaction.machine import scheduling
 from getiaction.simulation.demonstrations import DONE, REWARD, SUCCESS, Attempts, collect, demonstrate
 from getiaction.simulation.environment import Step
 from getiaction.simulation.pusht import OBS_IMAGE, OBS_STATE, PushT
@@ -69,12 +70,12 @@ def test_undisturbed_actions_played_again_bring_the_recorded_rewards() -> None:
 
 def test_writing_leaves_this_process_its_place_among_others(tmp_path: Path) -> None:
     """The video encoder takes real time from root, and would keep it."""
-    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    before = scheduling()
     frames = demonstrate(PushT(), 5, 0)
     assert frames is not None
     short = {key: value[:3] for key, value in frames.items()}
     write_dataset(tmp_path / "dataset", [short], repo_id="me/pushes", fps=10, task="push", readme="")
-    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
+    assert scheduling() == before
 
 
 def test_it_goes_on_after_success_while_it_improves() -> None:
