@@ -27,6 +27,7 @@ MAY_DIFFER = (  # a policy can be trained on with others of these
     "policy.n_action_steps",
     "policy.num_inference_steps",
     "policy.do_mask_loss_for_padding",
+    "policy.drop_n_last_frames",
     "policy.loss_weighting",
     "backbone.crop_is_random",
     "unet.gradient_checkpointing",
