@@ -65,11 +65,16 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
     """
     if (steps := known_steps(scheduler, num_inference_steps, prediction_type)) is not None:
         timesteps, known = steps
-        clip = clip_of(scheduler)
+        clip, noisy = clip_of(scheduler), sum(step.s != 0 for step in known)
+        ahead: list[Tensor] = []  # noise of the steps that are left
 
         def take_known(output: Tensor, number: int, sample: Tensor, generator: Generators) -> Tensor:
             step, noise = known[number], None
-            if step.s:
+            if step.s and isinstance(generator, list):
+                if not ahead:
+                    ahead.extend(draw_ahead(output, noisy, generator))
+                noise = ahead.pop(0)
+            elif step.s:
                 noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
             return step.take(output, sample, clip, noise)
 
@@ -85,6 +90,19 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
         return scheduler.step(output, scheduler.timesteps[number], sample, **extra).prev_sample
 
     return scheduler.timesteps, take
+
+
+def draw_ahead(like: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
+    """Draw the noise of `count` steps, each like `like` (B, T, Da): the numbers that B generators give step by step.
+
+    They come to the device in one copy: the host would wait for one at each step.
+    """
+
+    def one_row(draw: torch.Generator) -> Tensor:  # (T, Da)
+        return torch.randn(like.shape[1:], generator=draw, device=draw.device, dtype=like.dtype)
+
+    drawn = [torch.stack([one_row(draw) for draw in generators]) for _ in range(count)]  # count x (B, T, Da)
+    return torch.stack(drawn).to(like.device).unbind(0)
 
 
 def clip_of(scheduler: Any) -> float | None:

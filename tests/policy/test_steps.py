@@ -13,9 +13,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from getiaction.policy.steps import known_steps, start
+from getiaction.policy.steps import draw_ahead, known_steps, start
 
 TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -112,3 +113,27 @@ def test_a_generator_for_each_row() -> None:
     ours = take(output, 0, sample, drawn[0])
     theirs = scheduler.step(output, timesteps[0], sample, generator=drawn[1]).prev_sample
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 2), (2, 4, 3)])
+def test_noise_that_is_drawn_ahead_is_what_comes_step_by_step(shape: tuple[int, ...]) -> None:
+    first, second = ([torch.Generator().manual_seed(row) for row in range(shape[0])] for _ in range(2))
+    one_by_one = [randn_tensor(shape, generator=first) for _ in range(5)]
+    for ahead, expected in zip(draw_ahead(torch.zeros(shape), 5, second), one_by_one, strict=True):
+        assert torch.equal(ahead, expected)
+
+
+def test_rows_with_their_own_generators_get_diffusers_noise() -> None:
+    scheduler = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    outputs, taken = torch.randn(10, 3, 8, 2), []
+    for ours in (True, False):
+        draws, sample = [torch.Generator().manual_seed(row) for row in range(3)], torch.ones(3, 8, 2)
+        timesteps, take = start(scheduler, 10)
+        scheduler.set_timesteps(10)
+        for number, timestep in enumerate(timesteps):
+            if ours:
+                sample = take(outputs[number], number, sample, draws)
+            else:
+                sample = scheduler.step(outputs[number], timestep, sample, generator=draws).prev_sample
+        taken.append(sample)
+    torch.testing.assert_close(*taken)
