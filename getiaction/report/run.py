@@ -16,9 +16,6 @@ PANELS = 8  # samples drawn
 
 def draw_report(folder: Path, validator: Validator | None, policy: DiffusionPolicy) -> list[Path]:
     """Draw `curves.png`, and `trajectories.png` if episodes are held out; return what was drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     pictures = [draw_curves(read_metrics(folder), folder / "curves.png")]
     if validator is not None and len(validator.sampled_ids):
         with evaluating(policy):
@@ -28,10 +25,12 @@ def draw_report(folder: Path, validator: Validator | None, policy: DiffusionPoli
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> Path:
     """Draw training and validation loss, each dataset's own if there are several, and the actions' error over steps."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     own = sorted({key for line in lines for key in line if key.startswith("val_loss_")}, key=lambda key: int(key[9:]))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08, bottom=0.13, right=0.98, top=0.92, wspace=0.18)  # a layout would draw all twice
     for axes, keys in ((left, ("loss", "val_loss", *own)), (right, ("val_action_error",))):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -42,19 +41,20 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> Path:
         if axes.has_data():
             axes.legend()
     left.set_yscale("log")
-    left.set_title("loss (noise prediction)")
+    left.set_title("loss")
     right.set_title("mean error of sampled actions (dataset units)")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 
 def draw_trajectories(sampled: Sampled, path: Path) -> Path:
     """Draw sampled chunks beside the recorded ones: paths in the plane if Da is 2, else curves over time."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     chosen = np.unique(np.linspace(0, len(sampled.predicted) - 1, PANELS).astype(int))
-    figure, grid = pyplot.subplots(2, PANELS // 2, figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(12, 6))
+    grid = figure.subplots(2, PANELS // 2)
+    figure.subplots_adjust(left=0.05, bottom=0.05, right=0.99, top=0.92, wspace=0.25, hspace=0.13)
     for axes in grid.flat:
         axes.set_visible(False)
     for axes, index in zip(grid.flat, chosen, strict=False):
@@ -73,5 +73,4 @@ def draw_trajectories(sampled: Sampled, path: Path) -> Path:
         f"actions on held-out episodes; mean absolute error {sampled.mean_absolute_error:.3g} (dataset units)"
     )
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
