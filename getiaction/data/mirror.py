@@ -30,7 +30,7 @@ class Mirror:
     """
 
     features: Mapping[str, Mapping[str, Any]]
-    _ready: dict[tuple, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _ready: dict[tuple, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for key, entry in self.features.items():
