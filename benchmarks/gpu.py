@@ -139,12 +139,12 @@ def resumed(bench: Bench) -> dict[str, float]:
 
 def presets(bench: Bench) -> dict[str, Any]:
     """Measure each preset for pictures as it stands, and compiled."""
-    ways = {"": (), "_compiled": ("hardware.compile=true",)}
+    modes = {"": (), "_compiled": ("hardware.compile=true",)}
     return {
-        f"{preset}{way}": rate_of(bench, f"{preset}{way}", preset, *more)
+        f"{preset}{mode}": rate_of(bench, f"{preset}{mode}", preset, *more)
         for preset in PICTURE_PRESETS
-        for way, more in ways.items()
-        if not (way and bench.small)
+        for mode, more in modes.items()
+        if not (mode and bench.small)
     }
 
 
