@@ -29,7 +29,7 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeR
 
 from benchmarks.train import QUIET, write_start
 from getiaction.config.compose import compose
-from getiaction.config.precision import multiplies_bf16
+from getiaction.config.precision import is_faster_in_bf16
 from getiaction.config.record import describe_machine
 from getiaction.config.run import build_trainer, start_accelerator
 from getiaction.config.schema import Config
@@ -103,7 +103,7 @@ def measure(
         plain = compose([f"+preset={preset}", *short])
         calls = {"lerobot": lerobot_step(start, plain, device, bf16=False)}
         calls["getiaction"] = ours("plain", "hardware.mixed_precision=no")
-        if multiplies_bf16(device):
+        if is_faster_in_bf16(device):
             calls["lerobot bf16"] = lerobot_step(start, plain, device, bf16=True)
             calls["getiaction bf16"] = ours("bf16", "hardware.mixed_precision=bf16")
             if compiled:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from getiaction.config.build import build_policy
 from getiaction.config.compose import compose
-from getiaction.config.precision import multiplies_bf16
+from getiaction.config.precision import is_faster_in_bf16
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config
 from getiaction.interop.lerobot import load_policy, write_policy
@@ -130,7 +130,7 @@ def measure(preset: str, device: str, rounds: int, pause: float) -> dict[str, An
     calls = {"lerobot": act_lerobot, "getiaction": act}
     if file is not None:
         calls["getiaction onnx"] = act_in_onnx
-    if multiplies_bf16(device):
+    if is_faster_in_bf16(device):
         calls["getiaction bf16"] = act_in_bf16
     exact = postprocess(act_lerobot())
     apart = {name: float((call().cpu() - exact).abs().max()) for name, call in calls.items() if name != "lerobot"}

@@ -33,7 +33,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
         measure_latency,
         say,
     )
-    from getiaction.config.precision import autocast, choose_precision
+    from getiaction.config.precision import allow_tf32, autocast, choose_precision
     from getiaction.config.record import describe_machine, pick_device
     from getiaction.config.sampling import change_scheduler, check_steps
     from getiaction.files import claimed
@@ -47,6 +47,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     make = build_environment(env)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    allow_tf32(config.tf32)
     policy = load_policy(pretrained, device=device)
     environment = check_environment(make, policy.features)
     if config.scheduler is not None:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def count_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_cpu(field: str) -> str | None:
+    """Return what Linux says of the first processor: "model name", "vendor_id", ...; None where it says nothing.
+
+    Source: proc_cpuinfo(5).
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    entries = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in entries if name.strip() == field), None)
 
 
 def scheduling() -> tuple[int, int] | None:

@@ -369,11 +369,13 @@ def test_a_flow_keeps_to_flow_matching(make_run: Callable[..., Path]) -> None:
 def test_acting_in_bf16_is_another_evaluation(keypoints_run: Path, tmp_path: Path, command: Command) -> None:
     more = ("episodes=2", "env.max_steps=30", f"output_dir={tmp_path}")
     short = (f"checkpoint={keypoints_run}", *SHORT[:1], *SHORT[2:])
-    assert command(*short, *more, "mixed_precision=bf16") == 0
+    assert command(*short, *more, "mixed_precision=bf16", "tf32=false") == 0
     assert read(tmp_path)["mixed_precision"] == "bf16"
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
     half = episodes(tmp_path)
     assert command(*short, *more) == 2  # the folder holds episodes of the other
     assert command(*short, *more[:2], f"output_dir={tmp_path / 'full'}") == 0
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is True
     full = episodes(tmp_path / "full")
     assert [row["actions"] for row in half] != [row["actions"] for row in full]
     assert half[0]["actions"][0] == pytest.approx(full[0]["actions"][0], abs=5)  # pixels

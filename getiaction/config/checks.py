@@ -242,7 +242,7 @@ def check_devices(config: Config) -> Iterator[Problem]:
     if hardware.device == "mps" and not torch.backends.mps.is_available():
         yield Problem("hardware.device=mps, but torch sees no Apple GPU here: use hardware=auto or hardware=cpu")
     if config.tracker.name == "tensorboard" and find_spec("tensorboard") is None:
-        yield Problem("tracker=tensorboard needs its package: pip install 'getiaction[tensorboard]', or tracker=local")
+        yield Problem("tracker=tensorboard needs its package: pip install tensorboard, or tracker=local")
     if hardware.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         yield Problem(
             "hardware.compile=true needs a C++ compiler (g++), and none is here: install one, or leave it out"

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from getiaction.config.build import build_group
-from getiaction.config.precision import CHOICES, autocast
+from getiaction.config.precision import CHOICES, autocast, rounding
 from getiaction.config.schema import EvaluateConfig
 from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
@@ -77,7 +77,7 @@ class Evaluation:
             "batch_size": act.batch_size,
             "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
             "device": act.device.type,
-            **({"mixed_precision": self.mixed_precision} if self.mixed_precision != "no" else {}),
+            **rounding(self.mixed_precision, act.device.type),
         }
         writes = self.crowd.team.rank == 0
         kept = EpisodeLog(folder / "episodes.jsonl" if writes else None, identity)

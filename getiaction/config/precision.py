@@ -7,6 +7,8 @@ import logging
 
 import torch
 
+from getiaction.machine import read_cpu
+
 log = logging.getLogger(__name__)
 CHOICES = ("no", "bf16", "fp16", "auto")
 
@@ -14,17 +16,17 @@ CHOICES = ("no", "bf16", "fp16", "auto")
 def choose_precision(wanted: str, device: str) -> str:
     """Return Accelerate's name of the precision; where the device lacks it, say so and use full precision."""
     if wanted == "auto":
-        if multiplies_bf16(device):
+        if is_faster_in_bf16(device):
             return "bf16"
         if device == "cuda":
             return "fp16"
         log.info(
-            "mixed precision: auto on %s falls back to full precision, as it does not multiply bf16 itself; "
+            "mixed precision: auto on %s falls back to full precision, as this one does not multiply bf16 faster; "
             "mixed_precision=bf16 asks for it all the same",
             device,
         )
         return "no"
-    if wanted == "bf16" and device == "cuda" and not multiplies_bf16(device):
+    if wanted == "bf16" and device == "cuda" and not is_faster_in_bf16(device):
         log.info("mixed precision: this GPU has no bf16, fp16 is used")
         return "fp16"
     if wanted == "fp16" and device == "cpu":
@@ -33,13 +35,31 @@ def choose_precision(wanted: str, device: str) -> str:
     return wanted
 
 
-def multiplies_bf16(device: str) -> bool:
-    """Tell whether a device has instructions for bf16 products; without them bf16 is slower than float32."""
+def is_faster_in_bf16(device: str) -> bool:
+    """Tell whether a device multiplies bf16 faster than float32, by its instructions.
+
+    AVX-512's alone are no sign of it: an AMD EPYC gains from them, an Intel Xeon has half of float32's rate unless it
+    has AMX, too (benchmarks/NOTES.md).
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        by_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu("vendor_id") == "AuthenticAMD"
+        return by_avx512 or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let float32 products and convolutions on NVIDIA GPUs round to TF32, or keep them from it."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def rounding(precision: str, device: str) -> dict[str, str | bool]:
+    """Return what products are rounded to, where that is not float32: part of an evaluation's identity."""
+    reduced: dict[str, str | bool] = {} if precision == "no" else {"mixed_precision": precision}
+    if device == "cuda" and torch.backends.cudnn.allow_tf32:
+        reduced["tf32"] = True
+    return reduced
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:

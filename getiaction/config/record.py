@@ -21,6 +21,7 @@ from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import InputError
 from getiaction.files import replace_text
+from getiaction.machine import read_cpu
 
 RESULT = "result.json"
 PACKAGES = (
@@ -121,7 +122,4 @@ def find_commit() -> str | None:
 
 def find_cpu() -> str:
     """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return read_cpu("model name") or platform.machine()

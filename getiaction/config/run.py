@@ -28,7 +28,7 @@ from getiaction.config.data import build_batches, load_data, split
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
 from getiaction.config.fine_tuning import check_init_from, start_from
 from getiaction.config.memory import check_memory
-from getiaction.config.precision import choose_precision
+from getiaction.config.precision import allow_tf32, choose_precision
 from getiaction.config.problems import report
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config, HardwareConfig
@@ -59,7 +59,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     hardware = config.hardware
     AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)  # a sweep trains several configs
     torch.set_num_threads(hardware.num_threads or DEFAULT_THREADS)  # a sweep may have set it
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
+    allow_tf32(hardware.tf32)
     torch.backends.cudnn.benchmark = True
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu:

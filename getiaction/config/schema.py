@@ -182,6 +182,7 @@ class EvaluateConfig:
     batch_size: int | None = MISSING
     num_inference_steps: int | None = MISSING
     mixed_precision: str = MISSING
+    tf32: bool = MISSING
     videos: bool = MISSING
     device: str = MISSING
     num_threads: int | None = MISSING

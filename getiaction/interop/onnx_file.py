@@ -69,7 +69,7 @@ def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'getiaction[export]'") from error
+        raise InputError(f"{error.name} is not installed: pip install onnx onnxruntime onnxscript") from error
     if (size := 4 * sum(weight.numel() for weight in policy.parameters())) > LARGEST:
         raise InputError(
             f"the policy's weights take {size / 1e9:.1f} GB, and an ONNX file ends at 2 GB: use smaller unet.down_dims"

@@ -126,7 +126,7 @@ def open_session(path: Path, num_threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("onnxruntime is not installed: pip install 'getiaction[export]'") from error
+        raise InputError("onnxruntime is not installed: pip install onnxruntime") from error
     if not path.is_file():
         raise InputError(f"{path} is no file: write one with getiaction export RUN_FOLDER --output {path}")
     options = onnxruntime.SessionOptions()

@@ -211,7 +211,7 @@ def test_bf16_trains_on_the_cpu(tiny: Any, helpers: Any, tmp_path: Path) -> None
 def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
     tiny: Any, tmp_path: Path, asked: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision_module, "multiplies_bf16", lambda device: False)  # an older CPU
+    monkeypatch.setattr(precision_module, "is_faster_in_bf16", lambda device: False)  # an older CPU
     caplog.set_level(logging.INFO)
     trainer = tiny.trainer(tmp_path, f"hardware.mixed_precision={asked}")
     assert trainer.accelerator.mixed_precision == "no"
@@ -224,7 +224,7 @@ def test_precision_that_the_cpu_lacks_falls_back_with_one_line(
 def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision_module, "multiplies_bf16", lambda device: device == "cpu")
+    monkeypatch.setattr(precision_module, "is_faster_in_bf16", lambda device: device == "cpu")
     trainer = tiny.trainer(tmp_path, "hardware.mixed_precision=auto")
     assert trainer.accelerator.mixed_precision == "bf16"
 
