@@ -32,9 +32,11 @@ from getiaction.config.record import describe_machine
 from getiaction.config.run import build_trainer, start_accelerator
 from getiaction.config.sources import find_data
 from getiaction.data import cache
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches
+from getiaction.data.batches import Share, TrainingBatches
 from getiaction.data.episodes import Episodes
+from getiaction.data.gather import Gatherer
 from getiaction.data.metadata import find_dataset
+from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 
 RESULTS = Path(__file__).parent / "results"

@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import command_for
@@ -15,6 +16,9 @@ from getiaction.config.schema import DemonstrateConfig
 from getiaction.errors import InputError, TrainingError
 from getiaction.files import claimed
 from getiaction.startup import release_collector
+
+if TYPE_CHECKING:
+    from getiaction.simulation.environment import Environment
 
 log = logging.getLogger(__name__)
 README = """# Demonstrations by a script
@@ -44,66 +48,40 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     """
     import numpy as np
 
-    from getiaction import __version__
     from getiaction.config.evaluation import build_environment
     from getiaction.data.writer import write_dataset
-    from getiaction.random import Purpose, derive_seed
     from getiaction.simulation.demonstrations import Attempts, collect
 
-    for key, least in (("episodes", 1), ("seed", 0), ("num_workers", 0)):
-        value = getattr(config, key)
-        if value is not None and value < least:
-            raise InputError(f"{key}={value} must be a whole number of at least {least}")
+    check_numbers(config)
     make: Any = build_environment(config.env)
     environment = make()
-    if not 0 <= config.disturbance < float("inf"):
-        raise InputError(f"disturbance={config.disturbance} must be 0 or more, a share of the distance asked for")
-    if not 0 <= config.midway <= 1:
-        raise InputError(f"midway={config.midway} must be between 0 and 1, a share of the episodes")
-    if not hasattr(environment, "make_expert"):
-        raise InputError(f"env={environment.name} has no scripted expert: the environments that have one: pusht")
     root = folder / "dataset"
-    if root.exists():
-        raise InputError(f"{root} exists, and would be overwritten: give another output_dir")
-
-    def seeds(number: int) -> tuple[int, int]:
-        start, expert = (derive_seed(config.seed, Purpose.DEMONSTRATION, number, which) for which in (0, 1))
-        return start, expert % 2**32
-
-    about = {
-        "env": dict(config.env),
-        "seed": config.seed,
-        "midway": config.midway,
-        "disturbance": config.disturbance,
-        "version": __version__,
-        "expert": environment.make_expert(0).version,
-    }
+    check_place(environment, root)
+    about = what_decides(config, environment.make_expert(0).version)
     attempts = Attempts(folder / "attempts", about)
     release_collector()
-    workers = os.cpu_count() or 1 if config.num_workers is None else config.num_workers
     try:
         numbers, tried = collect(
             make,
             attempts,
             episodes=config.episodes,
-            seeds=seeds,
+            seeds=partial(seeds_of, config.seed),
             midway=config.midway,
             disturbance=config.disturbance,
-            num_workers=workers,
+            num_workers=os.cpu_count() or 1 if config.num_workers is None else config.num_workers,
         )
     except RuntimeError as error:
         raise TrainingError(str(error)) from error
     log.info("%d of %d attempts succeeded; writing the dataset", len(numbers), tried)
     frames = sum(len(np.load(attempts.path(number))["action"]) for number in numbers)
     readme = README.format(
+        **{key: about[key] for key in ("version", "expert")},
         episodes=len(numbers),
         attempts=tried,
         frames=frames,
         fps=environment.fps,
         name=environment.name,
         task=environment.task,
-        version=__version__,
-        expert=about["expert"],
         done=DISTURBED.format(config.disturbance) if config.disturbance else UNDISTURBED,
         arguments=" ".join(f"{key}={getattr(config, key)}" for key in ("episodes", "seed", "midway", "disturbance")),
     )
@@ -112,6 +90,50 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     shutil.rmtree(attempts.folder)
     log.info("dataset: %s; train on it with dataset.root=%s", root, root)
     return root
+
+
+def check_numbers(config: DemonstrateConfig) -> None:
+    """Check the numbers of a recording.
+
+    Raises:
+        InputError: the first that cannot be.
+    """
+    for key, least in (("episodes", 1), ("seed", 0), ("num_workers", 0)):
+        value = getattr(config, key)
+        if value is not None and value < least:
+            raise InputError(f"{key}={value} must be a whole number of at least {least}")
+    if not 0 <= config.disturbance < float("inf"):
+        raise InputError(f"disturbance={config.disturbance} must be 0 or more, a share of the distance asked for")
+    if not 0 <= config.midway <= 1:
+        raise InputError(f"midway={config.midway} must be between 0 and 1, a share of the episodes")
+
+
+def check_place(environment: Environment, root: Path) -> None:
+    """Check that there is an expert to record, and that `root` is free.
+
+    Raises:
+        InputError: one of them is not so.
+    """
+    if not hasattr(environment, "make_expert"):
+        raise InputError(f"env={environment.name} has no scripted expert: the environments that have one: pusht")
+    if root.exists():
+        raise InputError(f"{root} exists, and would be overwritten: give another output_dir")
+
+
+def what_decides(config: DemonstrateConfig, expert: int) -> dict[str, Any]:
+    """Return all that the attempts depend on; `expert` is the expert's version."""
+    from getiaction import __version__
+
+    decides = {key: getattr(config, key) for key in ("seed", "midway", "disturbance")}
+    return {"env": dict(config.env), **decides, "version": __version__, "expert": expert}
+
+
+def seeds_of(seed: int, number: int) -> tuple[int, int]:
+    """Return the seeds of an attempt's start and of its expert."""
+    from getiaction.random import Purpose, derive_seed
+
+    start, expert = (derive_seed(seed, Purpose.DEMONSTRATION, number, which) for which in (0, 1))
+    return start, expert % 2**32
 
 
 def run_hydra_job(config: DemonstrateConfig) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from getiaction.config.build import build_mirror, observation_keys
 from getiaction.config.schema import Config
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, is_resident
+from getiaction.data.batches import Share, TrainingBatches, is_resident
 from getiaction.data.cache import load_episodes
 from getiaction.data.episodes import Episodes
+from getiaction.data.gather import Gatherer
 from getiaction.data.mixture import Mixture
+from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from getiaction.data.batches import Batch, Share, TrainingBatches, to_device
+from getiaction.data.batches import Share, TrainingBatches
+from getiaction.data.gather import Batch, to_device
 from getiaction.errors import InputError, TrainingError
 from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds

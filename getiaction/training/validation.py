@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from getiaction.data.batches import Batch, Gatherer
+from getiaction.data.gather import Batch, Gatherer
 from getiaction.keys import ACTION, ACTION_IS_PAD
 from getiaction.policy import DiffusionPolicy
 from getiaction.random import Purpose, derive_seed, generator

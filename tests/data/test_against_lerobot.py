@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from getiaction.data.batches import Gatherer
 from getiaction.data.cache import load_episodes
+from getiaction.data.gather import Gatherer
 from getiaction.data.metadata import find_dataset
 from getiaction.data.windows import Windows, delta_timestamps
 from getiaction.errors import InputError

@@ -14,18 +14,10 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import center_crop
 
-from getiaction.data.batches import (
-    Batch,
-    Gatherer,
-    Order,
-    Share,
-    TrainingBatches,
-    crop_on_device,
-    crop_on_host,
-    is_resident,
-    prefetched,
-)
+from getiaction.data.batches import Share, TrainingBatches, is_resident, prefetched
 from getiaction.data.episodes import Episodes
+from getiaction.data.gather import Batch, Gatherer, crop_on_device, crop_on_host
+from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 from getiaction.errors import InputError
 

@@ -13,9 +13,11 @@ import xxhash
 from safetensors.numpy import save_file
 
 from getiaction.data import cache
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches
+from getiaction.data.batches import Share, TrainingBatches
 from getiaction.data.episodes import Episodes
+from getiaction.data.gather import Gatherer
 from getiaction.data.metadata import read_metadata
+from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 
 TOP = "observation.images.top"

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from getiaction.config.build import build_mirror
 from getiaction.config.compose import compose
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches
+from getiaction.data.batches import Share, TrainingBatches
+from getiaction.data.gather import Gatherer
 from getiaction.data.mirror import Mirror
+from getiaction.data.order import Order
 from getiaction.data.statistics import compute_statistics
 from getiaction.data.windows import Windows
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from getiaction.data.batches import Gatherer, Order, Share, TrainingBatches, share_out
+from getiaction.data.batches import Share, TrainingBatches
 from getiaction.data.cache import load_episodes
 from getiaction.data.episodes import Episodes
+from getiaction.data.gather import Gatherer
 from getiaction.data.metadata import read_metadata
 from getiaction.data.mixture import Mixture, Source
+from getiaction.data.order import Order, share_out
 from getiaction.data.stacked import Stacked
 from getiaction.data.windows import Windows
 from getiaction.errors import InputError

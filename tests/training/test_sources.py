@@ -13,7 +13,7 @@ import torch
 
 from getiaction.config.data import load_data, make_windows
 from getiaction.config.sources import find_data
-from getiaction.data.batches import Gatherer
+from getiaction.data.gather import Gatherer
 from getiaction.data.mixture import Mixture
 from getiaction.errors import InputError
 from getiaction.random import Purpose, generator
