@@ -217,6 +217,14 @@ def chunks(bench: Bench) -> dict[str, Any]:
     return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}
 
 
+def graphs(bench: Bench) -> dict[str, Any]:
+    """Replay a whole action chunk as one CUDA graph, beside the plain calls: `benchmarks.graphs`."""
+    from benchmarks.graphs import PRESETS, measure
+
+    wanted = PRESETS[:1] if bench.small else PRESETS
+    return {preset: measure(preset, bench.device, 2 if bench.small else 20) for preset in wanted}
+
+
 def out_of_memory(bench: Bench) -> dict[str, Any]:
     """Ask for far too much, and record what the user is told."""
     if bench.device == "cpu":
@@ -235,6 +243,7 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     evaluation,
     compute,
     chunks,
+    graphs,
     presets,
     ways,
     out_of_memory,
