@@ -263,6 +263,7 @@ MISTAKES = [
     ("run", ["episodes=0"], "episodes=0 must be a whole number of at least 1"),
     ("run", ["batch_size=10"], "batch_size=10 must be a multiple of 16"),
     ("run", ["num_inference_steps=21"], "num_inference_steps=21 must be between 1 and 20"),
+    ("run", ["num_inference_steps=1"], "num_inference_steps=1 starts DDPMScheduler where 99% of the noise is gone"),
     ("run", ["device=gpu"], "device=gpu is not here: use "),
     ("run", ["episode=5"], "episode does not exist: did you mean episodes?"),
     ("run", ["env=pushy"], "env=pushy does not exist: did you mean pusht?"),
@@ -293,6 +294,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert line.startswith("error: ")
     assert message in line
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    keypoints_run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command(f"checkpoint={keypoints_run}", f"output_dir={tmp_path / 'file' / 'run'}") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("error: output_dir cannot be made")
+    assert str(tmp_path / "file") in line
 
 
 def test_a_device_that_is_not_here_is_refused(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from getiaction.config.problems import Problem, report
+from getiaction.config.sampling import few_steps
 from getiaction.config.schema import Config
 from getiaction.config.sources import check_sources
 from getiaction.config.value_checks import check_values
@@ -169,6 +170,17 @@ def check_noise(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: {name} "
             f"takes a step twice there, and acts with NaN: use policy.num_inference_steps={max(steps // 5, 1)}"
+        )
+    elif 1 <= (taken := policy.num_inference_steps or steps) <= steps and (
+        problem := few_steps(noise_scheduler, taken, "policy.num_inference_steps")
+    ):
+        yield problem
+    weight = Noising(noise_scheduler, scheduler.get("prediction_type"), policy.loss_weighting).weight
+    if float(weight[-1]) == 0:
+        yield Problem(
+            f"policy.loss_weighting={policy.loss_weighting} with scheduler={name} leaves pure noise, which acting "
+            "starts from, out of training: use policy.loss_weighting=none",
+            is_error=False,
         )
     alpha = float(noising.signal[-1]) ** 2
     if alpha > NOISE_REACHED:

@@ -78,9 +78,12 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
     import hydra
 
     register_resolvers()
+    began = False
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
     def entry(composed: DictConfig) -> Any:
+        nonlocal began
+        began = True
         with contextlib.nullcontext() if in_sweep() else exit_with_message():  # one that fails does not end the others
             return run(to_config(composed, config_name, schema))
 
@@ -91,6 +94,10 @@ def main(run: Callable[[Any], Any], config_name: str, schema: type[Any] = Config
             return entry()
     except (HydraException, OmegaConfBaseException) as error:
         stop(explain(error, config_name), code=2)
+    except OSError as error:
+        if began:
+            raise
+        stop(f"output_dir cannot be made ({error}): give a folder that can be written to, output_dir=<folder>", code=2)
 
 
 def to_config[Schema](composed: DictConfig, config_name: str, schema: type[Schema]) -> Schema:

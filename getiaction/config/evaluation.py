@@ -45,6 +45,7 @@ class Evaluation:
         num_inference_steps: None: the policy's own.
         mixed_precision: "no", "bf16" or "fp16".
         videos: film three episodes and draw how all ended.
+        anew: move what a folder holds of another evaluation aside, instead of refusing the folder.
     """
 
     env: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Evaluation:
     num_inference_steps: int | None = None
     mixed_precision: str = "no"
     videos: bool = True
+    anew: bool = False
 
     def run(
         self,
@@ -80,7 +82,7 @@ class Evaluation:
             **rounding(self.mixed_precision, act.device.type),
         }
         writes = self.crowd.team.rank == 0
-        kept = EpisodeLog(folder / "episodes.jsonl" if writes else None, identity)
+        kept = EpisodeLog(folder / "episodes.jsonl" if writes else None, identity, anew=self.anew)
         before, start = len(kept.episodes), time.perf_counter()
         with autocast(self.mixed_precision, act.device):
             episodes = run_episodes(

@@ -31,7 +31,7 @@ from getiaction.config.memory import check_memory
 from getiaction.config.precision import allow_tf32, choose_precision
 from getiaction.config.problems import report
 from getiaction.config.record import describe_machine
-from getiaction.config.schema import Config, HardwareConfig
+from getiaction.config.schema import Config, EvaluationConfig, HardwareConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.data.episodes import Episodes
 from getiaction.data.mixture import Mixture
@@ -155,12 +155,13 @@ def evaluate_in_training(
 ) -> dict[str, float] | None:
     """Roll a policy out as the config says; return its metrics, or None if it was stopped."""
     wanted = config.evaluation
-    episodes = wanted.final_episodes if last and wanted.final_episodes is not None else wanted.episodes
+    episodes = final_episodes(wanted) if last else wanted.episodes
     evaluation = Evaluation(
         config.env,
         range(wanted.seed, wanted.seed + episodes),
         Crowd(wanted.num_envs, wanted.num_workers, Ranks()),
         videos=wanted.videos,
+        anew=True,  # a run that goes on elsewhere, or under other rules, begins an evaluation that was stopped again
     )
     place = folder / "evaluation" / f"{step:06d}"
     described = {"step": step, **describe_machine(policy.device)}
@@ -170,6 +171,11 @@ def evaluate_in_training(
         return None
     log.info("step %d: %s; films: %s", step, say(summary), place)
     return flat(summary)
+
+
+def final_episodes(wanted: EvaluationConfig) -> int:
+    """Return how many episodes the last evaluation has."""
+    return wanted.episodes if wanted.final_episodes is None else wanted.final_episodes
 
 
 def check_buildable(config: Config, mixture: Mixture) -> None:
@@ -232,6 +238,8 @@ def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:
         save_every=training.save_every,
         evaluate_every=config.evaluation.every,
         evaluate_last=config.evaluates,
+        episodes=config.evaluation.episodes,
+        final_episodes=final_episodes(config.evaluation),
         epoch_samples=samples,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import yaml
 
 from getiaction.config.build import build_group, parameters_of
 from getiaction.config.compose import CONF_DIR
+from getiaction.config.problems import Problem
 from getiaction.errors import InputError
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.noising import Noising, is_flow
+from getiaction.policy.noising import Noising, is_flow, missed_noise
 
+log = logging.getLogger(__name__)
+STARTS_LATE, STARTS_TOO_LATE = 0.3, 0.6
+"""Shares of the noise (of its variance) missed at the start from which acting suffers, and from which it is noise."""
 TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "shift", "prediction_type")
 """What a policy was trained with, and keeps."""
 
@@ -86,10 +91,32 @@ def check_steps(policy: DiffusionPolicy, num_inference_steps: int | None, key: s
     """Check that the policy can denoise in as many steps as it is asked to.
 
     Raises:
-        InputError: it was trained with fewer.
+        InputError: it was trained with fewer, or it would start where little noise is left.
     """
     if num_inference_steps is not None and not 1 <= num_inference_steps <= policy.num_train_timesteps:
         raise InputError(
             f"{key}={num_inference_steps} must be between 1 and {policy.num_train_timesteps}, the denoising steps in "
             "training"
         )
+    steps = num_inference_steps or policy.num_inference_steps
+    if steps <= policy.num_train_timesteps and (problem := few_steps(policy.noise_scheduler, steps, key)):
+        if problem.is_error:
+            raise InputError(problem.message)
+        log.warning("warning: %s", problem.message)
+
+
+def few_steps(scheduler: Any, steps: int, key: str) -> Problem | None:
+    """Return what is wrong with so few denoising steps that pure noise is taken for half-denoised actions, or None."""
+    if (missed := missed_noise(scheduler, steps)) <= STARTS_LATE:
+        return None
+    return Problem(
+        f"{key}={steps} starts {type(scheduler).__name__} where {missed:.0%} of the noise is gone already, and takes "
+        f"pure noise for that: use at least {least_steps(scheduler)}, or +scheduler.timestep_spacing=trailing",
+        is_error=missed > STARTS_TOO_LATE,
+    )
+
+
+def least_steps(scheduler: Any) -> int:
+    """Return the fewest denoising steps that `few_steps` has nothing against."""
+    total = int(scheduler.config.num_train_timesteps)
+    return next((steps for steps in range(1, total) if missed_noise(scheduler, steps) <= STARTS_LATE), total)

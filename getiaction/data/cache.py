@@ -8,6 +8,7 @@ A cache is a folder: `cache.json` (what it was made from and how, with checksums
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -26,13 +27,15 @@ from getiaction.data.episodes import Episodes, back_to_back, read_low_dimensiona
 from getiaction.data.frames import decode_camera
 from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files, image_shape
 from getiaction.errors import InputError
+from getiaction.files import is_full
 from getiaction.progress import redraw_seconds
 
 FORMAT = 1
 BLOCK = 64 << 20  # bytes per checksum
 VERIFY_ALL = 2 << 30  # caches up to this size are checked whole on opening, larger ones in SAMPLED blocks
 SAMPLED = 32
-ABANDONED = 24 * 3600  # seconds after which a half-built cache is nobody's
+ABANDONED = 24 * 3600  # seconds after which a half-built cache is nobody's, where nothing tells who holds it
+FRESH = 60  # seconds in which a folder may not be held yet
 
 VECTORS = "vectors.safetensors"
 AGAIN = "copy it again, or delete it"
@@ -72,15 +75,15 @@ def load_episodes(
     if not cameras:
         return read_low_dimensional(metadata, episodes)
     folder = (cache_dir or default_cache_dir()) / "frames"
-    everything = metadata.episode_indices
-    for chosen in (everything, sorted(episodes)):  # a cache of all episodes serves any choice of them
-        if chosen is everything and missing_files(metadata, chosen, cameras):
-            continue
+    everything, wanted = metadata.episode_indices, sorted(episodes)
+    choices = [wanted]
+    if everything != wanted and not missing_files(metadata, everything, cameras):
+        choices.insert(0, everything)  # a cache of all episodes serves any choice of them
+    for chosen in choices:
         path = folder / cache_name(metadata, chosen, cameras, resize)
         if path.exists() and (cached := try_open(path, cameras, resize, announce)) is not None:
             return cached.select(episodes)
-    path = folder / cache_name(metadata, sorted(episodes), cameras, resize)
-    build_cache(path, metadata, sorted(episodes), cameras, resize, announce)
+    build_cache(path, metadata, wanted, cameras, resize, announce)
     return open_cache(path, cameras, resize)
 
 
@@ -120,22 +123,46 @@ def build_cache(
     source = read_low_dimensional(metadata, episodes)
     shapes = {camera: (source.num_frames, *frame_shape(metadata, camera, resize)) for camera in cameras}
     need = sum(int(np.prod(shape)) for shape in shapes.values())
-    temporary = make_room(path.parent, need)
+    temporary, held = make_room(path.parent, need)
     try:
         announce(f"decoding {source.num_frames} frames of {', '.join(cameras)} into {path} ({need / 1e9:.2f} GB), once")
         with tqdm(
             total=source.num_frames * len(cameras), desc="decoding", unit=" frames", mininterval=redraw_seconds()
         ) as bar:
             for camera, shape in shapes.items():
-                out = np.memmap(temporary / f"{camera}.frames", dtype=np.uint8, mode="w+", shape=shape)
+                out = reserve(temporary / f"{camera}.frames", shape)
                 decode_camera(metadata, episodes, camera, out, progress=bar.update)
                 out.flush()
         save_file(dict(source.vectors), temporary / VECTORS)
         rows = [{key: row[key] for key in ("episode_index", "length")} for row in metadata.rows_of(episodes)]
         describe(temporary, repo_id=metadata.repo_id, info=metadata.info, rows=rows, shapes=shapes)
         publish(temporary, path)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise InputError(
+            f"no room for the frame cache of {need / 1e9:.1f} GB in {path.parent} ({error}): make room, or set "
+            "dataset.cache_dir=<folder>"
+        ) from error
     finally:
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Make a file of uint8 with room for all of it on the disk: a full disk would kill whoever writes to the map.
+
+    Raises:
+        OSError: there is no room.
+    """
+    with path.open("wb") as file:
+        file.truncate(int(np.prod(shape)))
+        try:
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
+        except (OSError, AttributeError) as error:  # not on every file system, nor on macOS
+            if isinstance(error, OSError) and is_full(error):
+                raise
+    return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
 
 
 def describe(
@@ -158,8 +185,11 @@ def describe(
     (folder / CACHE_FILE).write_text(json.dumps({**content, "info": info, "episodes": rows}, indent=1))
 
 
-def make_room(folder: Path, need: int) -> Path:
-    """Make a temporary folder to build a cache in, and remove what killed builds left a day ago or more.
+def make_room(folder: Path, need: int) -> tuple[Path, int]:
+    """Make a temporary folder to build a cache in, and remove what killed builds left.
+
+    Returns:
+        The folder, and what holds it as long as it is open.
 
     Raises:
         InputError: `folder` cannot be written, or has less than `need` bytes free.
@@ -167,7 +197,7 @@ def make_room(folder: Path, need: int) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".building-*"):
-            if time.time() - left.stat().st_mtime > ABANDONED:
+            if is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(folder).free
         if free < need:
@@ -176,12 +206,33 @@ def make_room(folder: Path, need: int) -> Path:
                 "set dataset.cache_dir=<folder>"
             )
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
+        held = os.open(temporary, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: `is_abandoned` goes by age there
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.chmod(0o755)  # a shared cache is for everyone to read
     except OSError as error:
         raise InputError(
             f"the frame cache {folder} cannot be written ({error}): set dataset.cache_dir=<folder>"
         ) from error
-    return temporary
+    return temporary, held
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Tell whether whoever was building a cache here is dead: nobody holds it, for a minute or more."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone by now
+        return False
+    try:
+        age = time.time() - folder.stat().st_mtime
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return age > FRESH
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return age > ABANDONED
+    finally:
+        os.close(handle)
 
 
 def publish(temporary: Path, path: Path) -> None:

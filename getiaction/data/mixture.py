@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -120,7 +120,11 @@ class Mixture:
             lengths=np.concatenate([part.lengths for part in parts]),
             fps=parts[0].fps,
             vectors={key: np.concatenate([part.vectors[key] for part in parts]) for key in keys},
-            frames={camera: Stacked([np.asarray(part.frames[camera]) for part in parts]) for camera in parts[0].frames},
+            frames={
+                # as they are: a memory map that np.asarray has seen is none any more
+                camera: Stacked([cast(np.ndarray, part.frames[camera]) for part in parts])
+                for camera in parts[0].frames
+            },
         )
 
     def disagreements(self, keys: list[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ Source: Ho et al., arXiv:2006.11239; flow matching: Lipman et al., arXiv:2210.02
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -88,6 +89,21 @@ def diffusion_tables(scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"scheduler={type(scheduler).__name__} has neither alphas_cumprod nor sigmas")
     alphas = alphas.float()
     return alphas.sqrt(), (1 - alphas).sqrt(), torch.arange(len(alphas), device=alphas.device)
+
+
+def missed_noise(scheduler: Any, num_inference_steps: int) -> float:
+    """Return by how much the cumulative alpha at the first denoising step is above that at the schedule's end.
+
+    Spaced from the schedule's beginning ("leading", diffusers' usual), few steps begin in its middle, where they take
+    pure noise for half-denoised actions. 0 for flow matching, which begins with noise.
+    Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, section 3.3.
+    """
+    if is_flow(scheduler):
+        return 0.0
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    alphas = scheduler.alphas_cumprod
+    return float(alphas[int(scheduler.timesteps[0])] - alphas[-1])
 
 
 def flow_tables(scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +20,8 @@ from getiaction.progress import redraw_seconds
 from getiaction.simulation.environment import Observation
 from getiaction.simulation.rollout import Act, Episode, MakeEnvironment, Moment, Pool, SerialPool, rollout
 from getiaction.simulation.workers import WorkerPool
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -76,12 +80,14 @@ class EpisodeLog:
     Args:
         path: new, or the log of the same evaluation; None keeps them in memory.
         identity: what decides the episodes: the weights, the environment, ...; plain JSON.
+        anew: move a log of another evaluation aside, and begin anew.
 
     Raises:
-        InputError: the file holds another evaluation's episodes.
+        InputError: the file holds another evaluation's episodes, and `anew` is false.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, identity: dict[str, Any], *, anew: bool = False) -> None:
+        self.anew = anew
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.episodes: list[Episode] = []
         if path is None:
@@ -106,6 +112,13 @@ class EpisodeLog:
         first = json.loads(lines[0])
         if differ := sorted(key for key in first | self.identity if first.get(key) != self.identity.get(key)):
             key = differ[0]
+            if self.anew:
+                number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+                aside = path.rename(path.with_name(f"{path.name}.{number}"))
+                log.warning(
+                    "%s began with another %s: its episodes are in %s now, and it begins anew", path, key, aside
+                )
+                return []
             raise InputError(
                 f"output_dir={path.parent} holds episodes of another evaluation ({key} was {first.get(key)}, now "
                 f"it is {self.identity.get(key)}): give another output_dir"

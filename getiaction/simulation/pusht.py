@@ -18,7 +18,6 @@ from getiaction.simulation.pusht_expert import PushTExpert
 from getiaction.simulation.pusht_starts import as_reset_state, draw_midway
 
 OBS_IMAGE = "observation.image"
-WORLD = 512  # pixels of the square world; positions and actions are in these
 
 
 class PushT:

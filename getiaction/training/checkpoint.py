@@ -63,7 +63,7 @@ class CheckpointStore:
             point_last_at(self.folder, path.name)
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
+        temporary = readable_folder(self.folder)
         try:
             (temporary / STATE).mkdir()
             self.write_policy(temporary / PRETRAINED, policy)
@@ -75,7 +75,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
         fsync(self.folder)
         point_last_at(self.folder, path.name)
-        self.prune()
+        self.prune(state.step)
         return path
 
     def save_best(self, policy: nn.Module, *, step: int, score: float) -> None:
@@ -84,7 +84,7 @@ class CheckpointStore:
         if (path / SCORE).exists() and json.loads((path / SCORE).read_text())["score"] >= score:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
+        temporary = readable_folder(self.folder)
         self.write_policy(temporary / PRETRAINED, policy)
         write_json(temporary / SCORE, {"step": step, "score": score})
         write_manifest(temporary)
@@ -100,9 +100,13 @@ class CheckpointStore:
         """Return the steps that have a checkpoint, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
-    def prune(self) -> None:
-        """Remove all but the newest `keep` checkpoints, and what killed runs left half-written."""
-        for step in self.steps()[: -self.keep] if self.keep else []:
+    def prune(self, newest: int) -> None:
+        """Remove all but the newest `keep` checkpoints up to the step `newest`, and what killed runs left half-written.
+
+        Those after it are damaged ones, which a resumed run has passed over: they take nobody's place.
+        """
+        saved = [step for step in self.steps() if step <= newest]
+        for step in saved[: -self.keep] if self.keep else []:
             (self.folder / f"{step:06d}").rename(self.folder / f".removing-{step:06d}")  # whole, or not there
         for path in (*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")):
             shutil.rmtree(path, ignore_errors=True)
@@ -122,6 +126,15 @@ class CheckpointStore:
             else:
                 return path
         raise InputError(f"{self.folder} holds no whole checkpoint: start a new run")
+
+
+def readable_folder(parent: Path) -> Path:
+    """Make a temporary folder that others may read, as far as this process's umask lets them."""
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    return folder
 
 
 def write_state(folder: Path, state: TrainingState) -> None:

@@ -49,6 +49,8 @@ class Plan:
     save_every: int | None = None
     evaluate_every: int | None = None
     evaluate_last: bool = False
+    episodes: int = 0  # of an evaluation
+    final_episodes: int = 0  # of the last one
     epoch_samples: int = 1  # samples in one epoch, for the `epoch` column
 
 
@@ -188,7 +190,7 @@ class Trainer:
 
     def _advice(self, step: int, loss: float) -> str:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
-        ids, kept = self.batches.ids(step)[:64], self.store.steps()
+        ids, kept = self.batches.ids(step)[:64], [saved for saved in self.store.steps() if saved <= step]
         windows = self.batches.gatherer.windows
         frames = [f"{windows.indices[episode]}:{frame}" for episode, frame in zip(*windows.locate(ids), strict=True)]
         lower = self.optimizer.param_groups[0].get("initial_lr", 1e-4) / 3
@@ -224,7 +226,8 @@ class Trainer:
         ):
             return
         self._save(clock)  # a kill costs nothing from here on
-        if from_main(self.metrics.holds(self.step, "score")):
+        episodes = self.plan.final_episodes if last else self.plan.episodes
+        if from_main(self.metrics.holds(self.step, "score", episodes=episodes)):
             return
         with clock.paused(), self.watchdog.resting(), evaluating(self.best):
             share_buffers(self.best)
@@ -233,8 +236,9 @@ class Trainer:
                 self.latest.update(measured)
                 if self.keep_best and self.accelerator.is_main_process:
                     self.store.save_best(self.best, step=self.step, score=measured["score"])
-                self.metrics.write(self.step, **measured)  # last: it tells a resumed run that all this is done
-            elif last:
+                # last: it tells a resumed run that all this is done
+                self.metrics.write(self.step, **measured, episodes=episodes)
+            else:
                 raise SystemExit(128 + self._any(stopping()))
             self.accelerator.wait_for_everyone()
 
@@ -317,6 +321,7 @@ def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | 
     if trainer.accelerator.scaler is not None and state.grad_scaler:
         trainer.accelerator.scaler.load_state_dict(state.grad_scaler)
     trainer.step = state.step
+    trainer.latest = trainer.metrics.latest()
 
 
 def lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:

@@ -16,6 +16,10 @@ import torch
 from accelerate import Accelerator
 
 METRICS_FILE = "metrics.jsonl"
+PROGRESS = {"step", "time", "epoch", "samples", "lr", "samples_per_s", "data_wait", "memory_gb", "gpu_memory_gb"} | {
+    "episodes"
+}
+"""What a line says besides: where the run was, and how fast."""
 
 
 class MetricsWriter:
@@ -37,9 +41,19 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
 
-    def holds(self, step: int, name: str) -> bool:
-        """Tell whether this step has a value of this name already."""
-        return any(line["step"] == step and name in line for line in read_metrics(self.path.parent))
+    def holds(self, step: int, name: str, **others: Any) -> bool:
+        """Tell whether this step has a value of this name already, with these `others`, where its line has such."""
+        return any(
+            line["step"] == step
+            and name in line
+            and all(line.get(key, value) == value for key, value in others.items())
+            for line in read_metrics(self.path.parent)
+        )
+
+    def latest(self) -> dict[str, float]:
+        """Return the newest value of all that a run is judged by: its loss, what it measured of itself."""
+        lines = read_metrics(self.path.parent)
+        return {key: value for line in lines for key, value in line.items() if key not in PROGRESS}
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line."""

@@ -34,6 +34,7 @@ ERRORS = [
     (["backbone.crop_shape=[84]"], "backbone.crop_shape=[84] must be null or two positive numbers"),
     (["backbone.norm=layer"], "backbone.norm=layer must be one of group, batch"),
     (["policy.num_inference_steps=101"], "must be at most scheduler.num_train_timesteps=100"),
+    (["policy.num_inference_steps=1"], "starts DDPMScheduler where 100% of the noise is gone already"),
     (["policy.num_inference_steps=0"], "must be a whole number of at least 1"),
     (["scheduler.prediction_type=noise"], "must be one of epsilon, sample, v_prediction"),
     (["scheduler.prediction_type=flow_prediction"], "means nothing to DDPMScheduler: use epsilon or sample or v_pred"),
@@ -78,6 +79,12 @@ WARNINGS = [
         ["scheduler.beta_schedule=linear", "scheduler.num_train_timesteps=50"],
         "ends at cumulative alpha 0.60, above 0.02",
     ),
+    (["policy.num_inference_steps=2"], "pure noise for that: use at least 3, or +scheduler.timestep_spacing=trailing"),
+    (["scheduler=ddim", "policy.num_inference_steps=2"], "starts DDIMScheduler where 48% of the noise is gone already"),
+    (
+        ["scheduler=flow_matching", "scheduler.prediction_type=sample", "policy.loss_weighting=min_snr"],
+        "leaves pure noise, which acting starts from, out of training",
+    ),
     (["policy.normalization.action=mean_std"], "scheduler.clip_sample=true clips actions to 1.0"),
     (["lr_scheduler.name=constant"], "use lr_scheduler.name=constant_with_warmup"),
     (["training.max_steps=100"], "lr_scheduler.num_warmup_steps=500 reaches past training.max_steps=100"),
@@ -108,6 +115,14 @@ def test_what_works_badly_is_a_warning_and_strictly_an_error(
     with pytest.raises(InputError) as raised:
         check_config(compose([*overrides, "strict=true"]))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+def test_the_advice_for_one_denoising_step_works(scheduler: str, caplog: pytest.LogCaptureFixture) -> None:
+    more = "+scheduler.timestep_spacing=trailing"
+    check_config(compose([f"scheduler={scheduler}", "policy.num_inference_steps=1", more]))
+    check_config(compose([f"scheduler={scheduler}", "policy.num_inference_steps=3"]))
+    assert not caplog.records
 
 
 def test_weights_that_cannot_be_fetched_name_two_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

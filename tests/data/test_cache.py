@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resize as torchvision_resize
 
-from getiaction.data.cache import load_episodes
+from getiaction.data.cache import load_episodes, make_room, reserve
 from getiaction.data.episodes import Episodes
 from getiaction.data.frames import resize
 from getiaction.data.metadata import find_dataset
@@ -390,3 +392,38 @@ def test_resize_to_the_same_size_changes_nothing() -> None:
 def test_a_resized_cache_holds_the_whole_cache_resized(load, video_root: Path) -> None:
     whole = load(video_root).frames[WRIST]
     assert np.array_equal(load(video_root, resize=(24, 40)).frames[WRIST], resize(np.array(whole), (24, 40)))
+
+
+# --- room
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(load, cache_dir: Path, image_root: Path, monkeypatch) -> None:
+    """Without the room reserved beforehand, writing to the map would end the process with SIGBUS."""
+
+    def full(handle: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"no room for the frame cache .* make room, or set dataset\.cache_dir"):
+        load(image_root)
+    assert list((cache_dir / "frames").iterdir()) == []
+
+
+def test_pictures_have_their_room_before_they_are_decoded(tmp_path: Path) -> None:
+    pictures = reserve(tmp_path / "frames", (64, 32, 32, 3))
+    assert (tmp_path / "frames").stat().st_blocks * 512 >= pictures.nbytes == 64 * 32 * 32 * 3
+    assert not pictures.any()
+
+
+def test_what_a_killed_build_left_goes_and_a_living_one_stays(tmp_path: Path) -> None:
+    living, held = make_room(tmp_path, 1)
+    killed, left = make_room(tmp_path, 1)
+    fresh, also = make_room(tmp_path, 1)
+    for handle in (left, also):
+        os.close(handle)  # as the system does for a process that dies
+    for folder in (living, killed):
+        os.utime(folder, (0, 0))  # an age after which it would have been taken for dead, had nobody held it
+    mine, own = make_room(tmp_path, 1)
+    assert {path for path in tmp_path.iterdir() if path.name.startswith(".building-")} == {living, fresh, mine}
+    os.close(held)
+    os.close(own)

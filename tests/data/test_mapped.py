@@ -16,7 +16,9 @@ from getiaction.data import cache
 from getiaction.data.batches import Share, TrainingBatches
 from getiaction.data.episodes import Episodes
 from getiaction.data.gather import Gatherer
+from getiaction.data.mapped import maps_of
 from getiaction.data.metadata import read_metadata
+from getiaction.data.mixture import Mixture, Source
 from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 
@@ -57,6 +59,13 @@ def make_batches(episodes: Episodes, drop: int = 7) -> TrainingBatches:
         episodes, windows, device=torch.device("cpu"), resident=False, observations=(TOP,), crop_shape=(8, 8)
     )
     return TrainingBatches(gatherer, Order(len(windows), 8, 0), Share(8), crop_is_random=True, prefetch=True)
+
+
+def test_several_datasets_are_read_ahead_and_let_go_of_like_one(tmp_path: Path) -> None:
+    metadata = [read_metadata(make_cache(tmp_path / name, 2 * EPISODE), f"test/{name}") for name in ("a", "b")]
+    mixture = Mixture.of(*(Source(one) for one in metadata))
+    frames = mixture.concatenate([open_all(one.root) for one in metadata]).frames[TOP]
+    assert [(first, stop) for first, stop, _ in maps_of(frames)] == [(0, 2 * EPISODE), (2 * EPISODE, 4 * EPISODE)]
 
 
 def test_pictures_may_be_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

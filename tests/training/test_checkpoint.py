@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,30 @@ def test_keep_leaves_the_newest(save: Callable[..., CheckpointStore]) -> None:
     store = save(5, 10, 15, 20, keep=2)
     assert store.steps() == [15, 20]
     assert (store.folder / "last").resolve().name == "000020"
+
+
+def test_a_damaged_one_that_was_passed_over_takes_nobodys_place(save: Callable[..., CheckpointStore]) -> None:
+    store = save(5, 10, 20, keep=2)
+    truncate(store.folder / "000020/training_state/model.safetensors")
+    assert store.newest(str).name == "000010"
+    save(12, 14, keep=2)  # a resumed run, on its way to step 20
+    assert store.steps() == [12, 14, 20]
+    assert store.newest(str).name == (store.folder / "last").resolve().name == "000014"
+    save(20, keep=2)
+    assert store.steps() == [14, 20]
+    assert find_damage(store.folder / "000020") is None
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_others_may_read_what_the_umask_lets_them(save: Callable[..., CheckpointStore], mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        store = save(5)
+        store.save_best(make_parts(steps=1)[0], step=5, score=0.5)
+    finally:
+        os.umask(before)
+    for folder in (store.folder / "000005", store.folder / "best"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
 
 
 def test_without_keep_all_stay(save: Callable[..., CheckpointStore]) -> None:

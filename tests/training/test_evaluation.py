@@ -153,15 +153,43 @@ def test_stopped_in_the_last_evaluation_and_gone_on_equals_uninterrupted(
     before = log.read_text()
     enough = len(before.splitlines()) + 1  # the first line says whose episodes they are
     assert 4 <= enough < 500
-    states.resume(folder, f"evaluation.final_episodes={enough}")
-    states.train(whole, *more, f"evaluation.final_episodes={enough}")
+    gone_on = states.resume(folder, f"evaluation.final_episodes={enough}")
+    uninterrupted = states.train(whole, *more, f"evaluation.final_episodes={enough}")
     assert log.read_text().startswith(before)
     helpers.assert_same_bits(folder, whole, step=4)
+    assert gone_on == pytest.approx(uninterrupted)  # with its losses, which were measured before it was stopped
+    assert {"loss", "val_loss", "score"} <= set(gone_on)
+    results = [json.loads((run / "result.json").read_text()) for run in (folder, whole)]
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"])
     wanted = [{key: line[key] for key in COLUMNS} for line in scores(whole)]
     assert [{key: line[key] for key in COLUMNS} for line in scores(folder)] == wanted
     numbers = [json.loads((run / "evaluation/000004/evaluation.json").read_text())["rows"] for run in (folder, whole)]
     assert numbers[0] == numbers[1]
     assert (folder / "checkpoints/best/score.json").read_text() == (whole / "checkpoints/best/score.json").read_text()
+
+
+def test_a_finished_run_can_be_asked_for_more_episodes(states: Any, tmp_path: Path) -> None:
+    first = states.train(tmp_path, *ROLLOUTS, "evaluation.final_episodes=1")
+    again = states.resume(tmp_path, "evaluation.final_episodes=3")
+    numbers = json.loads((tmp_path / "evaluation/000004/evaluation.json").read_text())
+    assert numbers["episodes"] == 3
+    assert again["score"] == numbers["score"]["mean"]
+    assert {key: again[key] for key in ("loss", "val_loss")} == {key: first[key] for key in ("loss", "val_loss")}
+    kept = states.resume(tmp_path, "hardware.num_threads=1")  # what leaves the result as it is
+    assert kept == again == json.loads((tmp_path / "result.json").read_text())["metrics"]
+
+
+def test_an_evaluation_stopped_under_other_rules_begins_anew(states: Any, tmp_path: Path) -> None:
+    states.train(tmp_path, *ROLLOUTS, "evaluation.final_episodes=2")
+    log = tmp_path / "evaluation/000004/episodes.jsonl"
+    before = log.read_text()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    unevaluated = [line for line in lines if "score" not in line]  # as if a kill had come before the last episode
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in unevaluated))
+    states.resume(tmp_path, "env.max_steps=8")
+    assert log.with_name("episodes.jsonl.1").read_text() == before
+    assert [json.loads(line)["length"] for line in log.read_text().splitlines()[1:]] == [8, 8]
+    assert len(scores(tmp_path)) == 1
 
 
 def test_an_evaluation_that_a_kill_skipped_is_made_up_for(states: Any, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ TRAINER_SPECIAL = {
     "logger": "tracker",
 }
 TRAINER_WITHOUT_EFFECT = {
-    "num_nodes": "start one process per device with torchrun or accelerate launch",
+    "num_nodes": "say hardware.num_nodes and hardware.rendezvous under getiaction:, and start it on each machine",
     "callbacks": "the loop has none; curves, checkpoints and rollouts are its own",
     "default_root_dir": "runs land in outputs/<name>/<date_time>; give output_dir under getiaction: to change it",
     "enable_progress_bar": "there is one on the main process",
