@@ -61,7 +61,7 @@ def build_batches(
     train_indices, val_indices = split(config, mixture)
     resident = is_resident(episodes, accelerator.device, config.hardware.data_placement)
     if resident and accelerator.device.type != "cpu" and episodes.num_frames < episodes.num_rows:
-        episodes = episodes.in_memory()  # so that only the chosen episodes go to the device
+        episodes = episodes.compacted()  # so that only the chosen episodes go to the device
     gatherer = Gatherer(
         episodes,
         make_windows(config, episodes.select(train_indices)),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from getiaction.data.metadata import DatasetMetadata
-from getiaction.data.stacked import Stacked
+from getiaction.data.stacked import Stacked, span_of
 from getiaction.errors import InputError
 from getiaction.keys import ACTION
 
@@ -73,6 +73,16 @@ class Episodes:
         """Keep the episodes with these dataset indices; nothing is copied."""
         kept = np.isin(self.indices, list(indices))
         return replace(self, indices=self.indices[kept], starts=self.starts[kept], lengths=self.lengths[kept])
+
+    def compacted(self) -> Episodes:
+        """Number the rows of these episodes, and of nothing else, through; pictures stay where they lie."""
+        spans = [(int(start), int(start + length)) for start, length in zip(self.starts, self.lengths, strict=True)]
+        return replace(
+            self,
+            starts=np.cumsum(self.lengths) - self.lengths,
+            vectors={key: values[self.rows] for key, values in self.vectors.items()},
+            frames={key: Stacked([span_of(values, *span) for span in spans]) for key, values in self.frames.items()},
+        )
 
     def in_memory(self) -> Episodes:
         """Copy these episodes, and nothing else, into memory."""

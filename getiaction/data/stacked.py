@@ -45,6 +45,17 @@ class Stacked:
             out[here] = self.parts[part][row[here] - self.starts[part]]
         return out[(*(slice(None),) * row.ndim, *rest)] if rest else out
 
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Return consecutive rows of one part, where they lie."""
+        part = int(np.searchsorted(self.starts, start, side="right")) - 1
+        assert stop <= self.starts[part + 1], "an episode lies in one dataset"
+        return self.parts[part][start - self.starts[part] : stop - self.starts[part]]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Copy all parts into one array."""
         return np.concatenate(self.parts).astype(dtype or self.dtype, copy=False)
+
+
+def span_of(frames: np.ndarray | Stacked, start: int, stop: int) -> np.ndarray:
+    """Return consecutive rows of pictures, where they lie."""
+    return frames.span(start, stop) if isinstance(frames, Stacked) else frames[start:stop]

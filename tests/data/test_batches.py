@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 from getiaction.data.batches import Share, TrainingBatches, is_resident, prefetched
 from getiaction.data.episodes import Episodes
-from getiaction.data.gather import Batch, Gatherer, crop_on_device, crop_on_host
+from getiaction.data.gather import Batch, Gatherer, crop_on_device, crop_on_host, frames_to_device
 from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 from getiaction.errors import InputError
@@ -220,6 +220,18 @@ def test_compacted_episodes_give_the_same_batches(toy_episodes) -> None:
         [expected] = make_batches(make_gatherer(kept), batch_size=8).step(step)
         [found] = make_batches(make_gatherer(compact), batch_size=8).step(step)
         assert_same(found, expected)
+
+
+def test_chosen_episodes_go_to_the_device_without_a_copy_on_the_host(toy_episodes) -> None:
+    kept = toy_episodes().select([2, 0])
+    laid, compact = kept.compacted(), kept.in_memory()
+    assert all(np.shares_memory(part, kept.frames[TOP]) for part in laid.frames[TOP].parts)
+    assert (laid.num_rows, laid.starts.tolist()) == (compact.num_rows, compact.starts.tolist())
+    assert np.array_equal(laid.vectors["action"], compact.vectors["action"])
+    pictures = torch.from_numpy(compact.frames[TOP])
+    assert torch.equal(frames_to_device(laid.frames[TOP], torch.device("cpu")), pictures)
+    again = laid.select([2]).compacted()  # of what lies in parts already
+    assert torch.equal(frames_to_device(again.frames[TOP], torch.device("cpu")), pictures[-again.num_rows :])
 
 
 def test_whole_episodes_in_memory_are_a_copy(toy_episodes) -> None:
