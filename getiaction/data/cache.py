@@ -27,7 +27,7 @@ from getiaction.data.episodes import Episodes, back_to_back, read_low_dimensiona
 from getiaction.data.frames import decode_camera
 from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files, image_shape
 from getiaction.errors import InputError
-from getiaction.files import is_full
+from getiaction.files import is_full, replace_text
 from getiaction.progress import redraw_seconds
 
 FORMAT = 1
@@ -35,6 +35,7 @@ BLOCK = 64 << 20  # bytes per checksum
 VERIFY_ALL = 2 << 30  # caches up to this size are checked whole on opening, larger ones in SAMPLED blocks
 SAMPLED = 32
 ABANDONED = 24 * 3600  # seconds after which a half-built cache is nobody's, where nothing tells who holds it
+RACY = 2_000_000_000  # nanoseconds in which a file may be written to twice with one time
 FRESH = 60  # seconds in which a folder may not be held yet
 
 VECTORS = "vectors.safetensors"
@@ -74,13 +75,14 @@ def load_episodes(
     fetch_files(metadata, metadata.files_of(episodes, cameras))
     if not cameras:
         return read_low_dimensional(metadata, episodes)
-    folder = (cache_dir or default_cache_dir()) / "frames"
+    place = cache_dir or default_cache_dir()
+    folder = place / "frames"
     everything, wanted = metadata.episode_indices, sorted(episodes)
     choices = [wanted]
     if everything != wanted and not missing_files(metadata, everything, cameras):
         choices.insert(0, everything)  # a cache of all episodes serves any choice of them
     for chosen in choices:
-        path = folder / cache_name(metadata, chosen, cameras, resize)
+        path = folder / remembered_name(metadata, chosen, cameras, resize, place / "names")
         if path.exists() and (cached := try_open(path, cameras, resize, announce)) is not None:
             return cached.select(episodes)
     build_cache(path, metadata, wanted, cameras, resize, announce)
@@ -102,6 +104,33 @@ def cache_name(metadata: DatasetMetadata, episodes: list[int], cameras: list[str
         for block in read_blocks(metadata.root / file):
             digest.update(block)
     return f"{metadata.repo_id.replace('/', '--')}-{digest.hexdigest()}"
+
+
+def remembered_name(
+    metadata: DatasetMetadata, episodes: list[int], cameras: list[str], resize: Size | None, memory: Path
+) -> str:
+    """Return `cache_name`; where no source file was written to since, without reading them all again.
+
+    Args:
+        memory: folder that keeps each name under sizes and times of its source files.
+    """
+    files = source_files(metadata, episodes, cameras)
+    marks = [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)]
+    parameters = [FORMAT, cameras, resize, metadata.rows_of(episodes), list(map(str, files)), marks]
+    note = memory / xxhash.xxh3_128_hexdigest(json.dumps(parameters).encode())
+    if note.exists():
+        return note.read_text()
+    name = cache_name(metadata, episodes, cameras, resize)
+    if time.time_ns() - max(written for _, written in marks) > RACY:
+        with contextlib.suppress(OSError):  # a cache that is only read serves all the same
+            memory.mkdir(parents=True, exist_ok=True)
+            replace_text(note, name)
+    return name
+
+
+def source_files(metadata: DatasetMetadata, episodes: list[int], cameras: list[str]) -> list[Path]:
+    """Return the files that decide what a cache holds."""
+    return [metadata.root.resolve() / file for file in ["meta/info.json", *metadata.files_of(episodes, cameras)]]
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:

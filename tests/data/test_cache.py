@@ -16,6 +16,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resize as torchvision_resize
 
+from getiaction.data import cache
 from getiaction.data.cache import load_episodes, make_room, reserve
 from getiaction.data.episodes import Episodes
 from getiaction.data.frames import resize
@@ -427,3 +428,28 @@ def test_what_a_killed_build_left_goes_and_a_living_one_stays(tmp_path: Path) ->
     assert {path for path in tmp_path.iterdir() if path.name.startswith(".building-")} == {living, fresh, mine}
     os.close(held)
     os.close(own)
+
+
+# --- reopening
+
+
+def test_files_that_nobody_wrote_to_are_not_read_again(
+    load, announced: list[str], video_root: Path, damaged, monkeypatch
+) -> None:
+    root = damaged(video_root)
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    first = load(root)
+
+    def read(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read_blocks", read)
+        assert_same(load(root), first)
+        video = next(root.rglob("*.mp4"))
+        os.utime(video, (1e9, 1e9 + 1))
+        with pytest.raises(AssertionError, match=r"was read"):
+            load(root)
+    assert_same(load(root), first)  # the content is the same: so is the cache
+    assert len(announced) == 1
