@@ -16,10 +16,8 @@ import torch
 from accelerate import Accelerator
 
 METRICS_FILE = "metrics.jsonl"
-PROGRESS = {"step", "time", "epoch", "samples", "lr", "samples_per_s", "data_wait", "memory_gb", "gpu_memory_gb"} | {
-    "episodes"
-}
-"""What a line says besides: where the run was, and how fast."""
+PROGRESS = {"step", "time", "epoch", "samples", "lr", "episodes"}
+SPENDING = {"samples_per_s", "data_wait", "memory_gb", "gpu_memory_gb"}
 
 
 class MetricsWriter:
@@ -53,7 +51,7 @@ class MetricsWriter:
     def latest(self) -> dict[str, float]:
         """Return the newest value of all that a run is judged by: its loss, what it measured of itself."""
         lines = read_metrics(self.path.parent)
-        return {key: value for line in lines for key, value in line.items() if key not in PROGRESS}
+        return {key: value for line in lines for key, value in line.items() if key not in PROGRESS | SPENDING}
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line."""

@@ -72,6 +72,7 @@ MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes
 
 SPLITS = (  # of a global batch of 16, gone on with
     (1, "8 per device x 1 processes x 2"),
+    (2, "4 per device x 2 processes x 2"),
     (8, "1 per device x 8 processes x 2"),
 )
 
