@@ -385,5 +385,5 @@ def test_what_no_file_can_hold_is_said_before_anything_is_done(tmp_path: Path, m
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"onnxruntime is not installed: pip install onnxruntime"):
+    with pytest.raises(InputError, match=r"onnxruntime is not installed: pip install onnx onnxruntime onnxscript"):
         export_onnx(tmp_path / "policy.onnx", make("states"), num_inference_steps=2)
