@@ -244,10 +244,18 @@ def check_training(config: Config) -> Iterator[Problem]:
 
 
 def check_devices(config: Config) -> Iterator[Problem]:
-    """Check that the devices asked for are there."""
+    """Check that the devices asked for are there, and can do what is asked of them."""
     import torch
 
     hardware = config.hardware
+    elsewhere = hardware.device in ("cuda", "mps") or hardware.mixed_precision != "no" or hardware.compile
+    if hardware.convolutions == "taps" and elsewhere:
+        yield Problem(
+            "hardware.convolutions=taps is for float32 on a CPU, and does nothing with "
+            f"hardware.device={hardware.device}, hardware.mixed_precision={hardware.mixed_precision}, "
+            f"hardware.compile={str(hardware.compile).lower()}: use hardware.convolutions=auto",
+            is_error=False,
+        )
     gpus = torch.cuda.device_count()
     if hardware.device == "cuda" and gpus == 0:
         yield Problem("hardware.device=cuda, but torch sees no CUDA GPU here: use hardware=auto or hardware=cpu")

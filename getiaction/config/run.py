@@ -39,13 +39,16 @@ from getiaction.data.statistics import compute_statistics
 from getiaction.errors import InputError
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
+from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
+from getiaction.policy.convolution import use_taps
 from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.heap import keep_freed_memory
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
+from getiaction.training.memory_order import update_in_memory_order
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.ranks import Ranks, Watchdog
 
@@ -116,6 +119,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
 
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
+    update_in_memory_order(optimizer)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
     if config.hardware.compile:
@@ -219,7 +223,16 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
     if hardware.channels_last:
         for encoder in policy.encoders:
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if learns_by_taps(hardware, accelerator):
+        use_taps(policy)
     return policy
+
+
+def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
+    """Tell whether wide convolutions learn by taps: where they can, on CPUs that are known to be faster so."""
+    can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
+    known = read_cpu("vendor_id") == "GenuineIntel"  # benchmarks/NOTES.md
+    return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))
 
 
 def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:

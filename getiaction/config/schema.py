@@ -107,6 +107,7 @@ class HardwareConfig:
     data_placement: str = MISSING
     num_threads: int | None = MISSING
     channels_last: bool = MISSING
+    convolutions: str = MISSING
     tf32: bool = MISSING
     compile: bool = MISSING
     compile_mode: str = MISSING

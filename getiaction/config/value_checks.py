@@ -26,6 +26,7 @@ CHOICES = {
     "hardware.mixed_precision": ("no", "bf16", "fp16", "auto"),
     "hardware.compile_mode": ("default", "reduce-overhead", "max-autotune"),
     "hardware.data_placement": ("auto", "device", "host"),
+    "hardware.convolutions": ("auto", "library", "taps"),
     "tracker.name": ("local", "tensorboard", "wandb"),
     "sweep_metric": ("val_loss", "loss", "val_action_error", "score", "success"),
 }

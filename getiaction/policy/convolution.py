@@ -1,7 +1,9 @@
-"""Convolutions that do what PyTorch's do, and learn faster in bf16 on the CPU.
+"""Convolutions that do what PyTorch's do, and learn faster on the CPU.
 
 Deep in a network hundreds of channels meet a handful of places: 2x2 pixels, 4 points in time. There oneDNN's gradient
-of the weights takes up to ten times as long as the one matrix product that it is: benchmarks/NOTES.md.
+of the weights takes up to ten times as long as the one matrix product that it is, which is what bf16 takes instead. In
+float32 all three passes are products, one for each tap of the kernel, where `use_taps` asks for it. How much faster
+this is, and where: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -13,28 +15,44 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from getiaction.policy.taps import convolve_by_taps
+
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
+# Where a product for each tap is faster, as measured: input channels and samples from which on, places up to which.
+WIDE, MANY, MOMENTS, PIXELS = 256, 16, 8, 16
 
 
 class Conv1d(nn.Conv1d):
     """Do what `nn.Conv1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
 
+    by_taps = False  # see `use_taps`
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        weight, stride, padding = self.weight[:, :, None], (1, self.stride[0]), (0, int(self.padding[0]))
+        if self.by_taps and is_faster_by_taps(self, x, MOMENTS):
+            if x.ndim == 3:
+                return convolve_by_taps(x[:, :, None], weight, self.bias, stride, padding)[:, :, 0].contiguous()
+            found = convolve_by_taps(x, weight, self.bias, stride, padding)
+            return found.contiguous(memory_format=torch.channels_last)
         if pays(self, x):
             return convolve(self, x)
         if x.ndim == 3:
-            return super().forward(x)
-        stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
-        return functional.conv2d(x, self.weight[:, :, None], self.bias, stride, padding)
+            return functional.conv1d(x, self.weight.contiguous(), self.bias, self.stride, self.padding)
+        return functional.conv2d(x, weight, self.bias, stride, padding)
 
 
 class Conv2d(nn.Conv2d):
     """Do what `nn.Conv2d` does."""
 
+    by_taps = False  # see `use_taps`
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
+        if self.by_taps and is_faster_by_taps(self, x, PIXELS):
+            sizes = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
+            return convolve_by_taps(x, self.weight, self.bias, *sizes).contiguous(memory_format=torch.channels_last)
         return convolve(self, x) if pays(self, x) else super().forward(x)
 
 
@@ -61,6 +79,35 @@ def replace_convolutions(module: nn.Module) -> None:
             replace_convolutions(child)
 
 
+def use_taps(module: nn.Module) -> None:
+    """Let the wide convolutions below `module` learn by taps where that is faster: in float32, on a CPU, where they
+    see few places. The channels of their weights come to lie last in memory.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Conv1d | Conv2d) and layer.in_channels >= WIDE and is_plain(layer):
+            layer.by_taps = True
+            flat = layer.weight.data if isinstance(layer, Conv2d) else layer.weight.data[:, :, None]
+            laid = flat.contiguous(memory_format=torch.channels_last)
+            layer.weight.data = laid if isinstance(layer, Conv2d) else laid[:, :, 0]
+
+
+def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
+    """Tell whether this is where a product for each tap is faster: with up to `most` places to make."""
+    if not layer.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or len(x) < MANY:
+        return False
+    return count_places(layer, x) <= most
+
+
+def count_places(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> int:
+    """Return how many places come out for each sample, near enough where there is no padding."""
+    places, strides = 1, layer.stride if len(layer.stride) == x.ndim - 2 else (1, *layer.stride)
+    for side, stride in zip(x.shape[2:], strides, strict=True):
+        places *= -(-side // stride)
+    return places
+
+
 def is_plain(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d) -> bool:
     """Tell whether a convolution has neither groups nor gaps, and pads with zeros."""
     options = (layer.groups, layer.padding_mode, set(layer.dilation), isinstance(layer.padding, str))
@@ -75,10 +122,7 @@ def pays(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype not in FEW or x.ndim != layer.weight.ndim or not is_plain(layer):
         return False
-    places = len(x)
-    for side, stride in zip(x.shape[2:], layer.stride, strict=True):
-        places *= -(-side // stride)
-    return places <= FEW[dtype] * layer.in_channels
+    return len(x) * count_places(layer, x) <= FEW[dtype] * layer.in_channels
 
 
 def convolve(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:

@@ -175,12 +175,18 @@ class UnrolledUnet:
 
     def _convolve(self, layer: nn.Module, x: Track) -> Tensor:
         """Convolve into a new (B, T', C'): copy the windows, multiply."""
-        layer = exactly(layer, Conv1d)
+        if type(layer) is not Conv1d:
+            raise OtherLayerError
         size, ends = layer.kernel_size[0], self._margin - int(layer.padding[0])
         windows = x.padded[:, ends : x.padded.shape[1] - ends].unfold(1, size, layer.stride[0])  # (B, T', C, k)
+        weight = layer.weight  # (C', C, k)
+        if not weight.is_contiguous():  # the channels lie last: see `use_taps`
+            windows, weight = windows.transpose(2, 3), weight.transpose(1, 2)
+        if not weight.is_contiguous():
+            raise OtherLayerError
         rows = self._new(*windows.shape, dtype=self._plan.dtype)
         self._calls.append(partial(rows.copy_, windows))
-        return self._multiply(rows.flatten(2), layer.weight.flatten(1), layer.bias)
+        return self._multiply(rows.flatten(2), weight.flatten(1), layer.bias)
 
     def _multiply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply (B, T, K) by the transpose of (C, K) into a new (B, T, C)."""

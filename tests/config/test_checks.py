@@ -66,6 +66,7 @@ ERRORS = [
         ["hardware.compile=true", "hardware.compile_mode=reduce-overhead", "training.gradient_accumulation_steps=2"],
         "whose gradients the next micro-batch overwrites, and training.gradient_accumulation_steps=2 adds them up",
     ),
+    (["hardware.convolutions=fft"], "must be one of auto, library, taps"),
     (["hardware.num_processes=64"], "hardware.num_processes=64 needs as many GPUs"),
     (["+scheduler.noise=1"], "scheduler cannot be built"),
     (["scheduler._target_=diffusers.NoScheduler"], "scheduler cannot be built"),
@@ -90,6 +91,7 @@ WARNINGS = [
     (["training.max_steps=100"], "lr_scheduler.num_warmup_steps=500 reaches past training.max_steps=100"),
     (["backbone.norm=batch", "training.batch_size=2"], "batch statistics of so few samples are noise"),
     (["policy.horizon=12"], "LeRobot opens checkpoints"),
+    (["hardware.convolutions=taps", "hardware.mixed_precision=bf16"], "does nothing with hardware.device=auto"),
 ]
 
 

@@ -16,6 +16,7 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from getiaction.config import precision as precision_module
+from getiaction.config import run
 from getiaction.errors import TrainingError
 from getiaction.training.metrics import read_metrics
 
@@ -227,6 +228,44 @@ def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
     monkeypatch.setattr(precision_module, "is_faster_in_bf16", lambda device: device == "cpu")
     trainer = tiny.trainer(tmp_path, "hardware.mixed_precision=auto")
     assert trainer.accelerator.mixed_precision == "bf16"
+
+
+WIDE = ("unet.down_dims=[16,256]", "training.batch_size=16", "lr_scheduler.num_warmup_steps=0")
+
+
+def test_taps_train_alike_and_resume_exactly(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    tiny.fit(tmp_path / "library", *WIDE, "hardware.convolutions=library")
+    folder = tmp_path / "taps"
+    tiny.train(folder, *WIDE, "hardware.convolutions=taps")
+    assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "library"), rel=1e-4)
+    shutil.copytree(folder, tmp_path / "stopped", symlinks=True)
+    helpers.remove_checkpoint(tmp_path / "stopped", 4)
+    tiny.resume(tmp_path / "stopped")
+    helpers.assert_same_bits(tmp_path / "stopped", folder, step=4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vendor", "by_taps"),
+    [
+        ((), "GenuineIntel", True),
+        ((), "AuthenticAMD", False),
+        ((), None, False),
+        (("hardware.convolutions=library",), "GenuineIntel", False),
+        (("hardware.convolutions=taps",), None, True),
+        (("hardware.convolutions=taps", "hardware.mixed_precision=bf16"), "GenuineIntel", False),
+    ],
+)
+def test_taps_are_taken_where_they_are_known_to_be_faster(
+    overrides: tuple[str, ...],
+    vendor: str | None,
+    by_taps: bool,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "read_cpu", {"vendor_id": vendor}.get)
+    trainer = tiny.trainer(tmp_path, *WIDE, *overrides)
+    assert any(getattr(layer, "by_taps", False) for layer in trainer.policy.modules()) is by_taps
 
 
 def test_one_process_can_train_in_one_precision_after_another(tiny: Any, helpers: Any, tmp_path: Path) -> None:
