@@ -20,25 +20,19 @@ from torch.autograd.function import once_differentiable
 Pair = tuple[int, int]
 
 
-class Run(NamedTuple):
-    """Outputs that lie side by side, and the inputs, side by side as well, that a tap brings to them."""
-
-    output: int
-    input: int
-    length: int
-
-    def rows(self, batch: int) -> tuple[slice, slice]:
-        """Return the rows of the outputs, and those of the inputs, where each place has a row for each sample."""
-        first, seen, count = self.output * batch, self.input * batch, self.length * batch
-        return slice(first, first + count), slice(seen, seen + count)
-
-
 class Tap(NamedTuple):
-    """A tap of a kernel, its runs, and the phase of the stride that they are in: inputs are counted within it."""
+    """A tap of a kernel, and what it brings to what.
 
-    at: Pair
+    Args:
+        number: which tap, counted along the rows of the kernel.
+        phase: where the places start that its stride reaches; inputs are counted among them.
+        runs: rows of outputs that lie side by side, and the rows of inputs, side by side as well, that they see. Each
+            place has a row for each sample.
+    """
+
+    number: int
     phase: Pair
-    runs: tuple[Run, ...]
+    runs: tuple[tuple[slice, slice], ...]
 
 
 def convolve_by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
@@ -62,16 +56,16 @@ class _TapConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
         (height, width, batch, channels), kernel = x.shape, cast(Pair, tuple(weight.shape[:2]))
-        taps = find_taps((height, width), kernel, stride, padding)
+        taps = find_taps((height, width), kernel, stride, padding, batch)
         phases = {tap.phase: phase(x, tap.phase, stride).reshape(-1, channels) for tap in taps}  # (places x B, C)
         sides = [count_outputs(*side) for side in zip((height, width), kernel, stride, padding, strict=True)]
         out = x.new_zeros(sides[0] * sides[1] * batch, weight.shape[2])
         if bias is not None:
             out += bias
+        matrices = weight.flatten(0, 1).transpose(1, 2).unbind()  # (C, C') each
         for tap in taps:
-            matrix, seen = weight[tap.at].t(), phases[tap.phase]
-            for run in tap.runs:
-                outputs, inputs = run.rows(batch)
+            seen, matrix = phases[tap.phase], matrices[tap.number]
+            for outputs, inputs in tap.runs:
                 out[outputs].addmm_(seen[inputs], matrix)
         ctx.save_for_backward(weight, *phases.values())
         ctx.taps, ctx.phases, ctx.shape, ctx.stride = taps, list(phases), x.shape, stride
@@ -81,25 +75,25 @@ class _TapConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *phases = ctx.saved_tensors
-        seen, batch = dict(zip(ctx.phases, phases, strict=True)), ctx.shape[2]
+        seen = dict(zip(ctx.phases, phases, strict=True))
         gradient = gradients[0].reshape(-1, weight.shape[2])  # (places x B, C')
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             by_phase = {name: torch.zeros_like(rows) for name, rows in seen.items()}
+            matrices = weight.flatten(0, 1).unbind()  # (C', C) each
             for tap in ctx.taps:
-                matrix, found = weight[tap.at], by_phase[tap.phase]
-                for run in tap.runs:
-                    outputs, inputs = run.rows(batch)
+                found, matrix = by_phase[tap.phase], matrices[tap.number]
+                for outputs, inputs in tap.runs:
                     found[inputs].addmm_(gradient[outputs], matrix)
             by_x = join_phases(by_phase, gradient, ctx.shape, ctx.stride)
         if ctx.needs_input_grad[1]:
             all_see = len(ctx.taps) == weight.shape[0] * weight.shape[1]
             by_weight = torch.empty_like(weight) if all_see else torch.zeros_like(weight)
+            matrices, turned = by_weight.flatten(0, 1).unbind(), gradient.t()
             for tap in ctx.taps:
-                matrix, rows = by_weight[tap.at], seen[tap.phase]
-                for number, run in enumerate(tap.runs):
-                    outputs, inputs = run.rows(batch)
-                    matrix.addmm_(gradient[outputs].t(), rows[inputs], beta=min(number, 1))  # the first replaces
+                rows, matrix = seen[tap.phase], matrices[tap.number]
+                for number, (outputs, inputs) in enumerate(tap.runs):
+                    matrix.addmm_(turned[:, outputs], rows[inputs], beta=min(number, 1))  # the first replaces
         if ctx.needs_input_grad[2]:
             by_bias = gradient.sum(dim=0)
         return by_x, by_weight, by_bias, None, None
@@ -122,19 +116,23 @@ def join_phases(phases: dict[Pair, Tensor], like: Tensor, shape: torch.Size, str
 
 
 @lru_cache(maxsize=256)
-def find_taps(sides: Pair, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Tap, ...]:
-    """Find the taps of a kernel that see anything but padding, in a map of these sides, h and w."""
+def find_taps(sides: Pair, kernel: Pair, stride: Pair, padding: Pair, batch: int) -> tuple[Tap, ...]:
+    """Find the taps of a kernel that see anything but padding, in maps of these sides, h and w."""
     across = count_outputs(sides[1], kernel[1], stride[1], padding[1])  # outputs of a row
     taps = []
     for vertical, horizontal in product(*map(find_taps_along, sides, kernel, stride, padding)):
         (i, from_row, to_rows, row), (j, from_column, to_columns, column) = vertical, horizontal
         seen = -(-(sides[1] - from_column) // stride[1])  # inputs of a row, in this phase
-        if len(to_columns) == across == seen:  # whole rows lie side by side
-            runs = [Run(to_rows[0] * across, row * seen, len(to_rows) * across)]
+        if len(to_columns) == across == seen:  # rows of the map lie side by side
+            starts, length = [(to_rows[0] * across, row * seen)], len(to_rows) * across * batch
         else:
             starts = [(to * across + to_columns[0], (row + n) * seen + column) for n, to in enumerate(to_rows)]
-            runs = [Run(output, seen_from, len(to_columns)) for output, seen_from in starts]
-        taps.append(Tap((i, j), (from_row, from_column), tuple(runs)))
+            length = len(to_columns) * batch
+        runs = tuple(
+            (slice(output * batch, output * batch + length), slice(input * batch, input * batch + length))
+            for output, input in starts
+        )
+        taps.append(Tap(i * kernel[1] + j, (from_row, from_column), runs))
     return tuple(taps)
 
 

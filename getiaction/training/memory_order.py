@@ -36,14 +36,12 @@ def update_in_memory_order(optimizer: Optimizer) -> None:
 def show(weight: nn.Parameter, views: dict[nn.Parameter, View], optimizer: Optimizer) -> nn.Parameter:
     """Return a weight with its sides in memory order; as it is where it is so, or its gradient lies otherwise."""
     gradient = weight.grad
-    if gradient is None or weight.device.type != "cpu" or weight.is_contiguous():
-        return weight
-    if gradient.stride() != weight.stride() or not weight.data.permute(in_order(weight)).is_contiguous():
+    if gradient is None or weight.is_contiguous() or gradient.stride() != weight.stride():
         return weight
     view = views.get(weight)
     if view is None or view.shown.data_ptr() != weight.data_ptr():
         view = views[weight] = View(weight)
-    return view.enter(optimizer)
+    return view.enter(optimizer) if view.pays else weight
 
 
 class View:
@@ -53,6 +51,7 @@ class View:
         self.weight, self.sides = weight, in_order(weight)
         self.back = [self.sides.index(side) for side in range(weight.ndim)]
         self.shown = nn.Parameter(weight.detach().permute(self.sides))
+        self.pays = weight.device.type == "cpu" and self.shown.is_contiguous()
         self._known: tuple[dict[str, Any], dict[str, Any]] | None = None  # of the weight, of what is shown
 
     def enter(self, optimizer: Optimizer) -> nn.Parameter:

@@ -1,0 +1,134 @@
+"""Measure where a convolution by taps is faster than PyTorch's on this CPU: `python -m benchmarks.taps`.
+
+Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
+convolution and `convolve_by_taps` (getiaction/policy/taps.py) take turns. Then whole steps without their data, with
+`hardware.convolutions=library` and `taps`, turn by turn in one process. `hardware.convolutions=auto` should take them
+on a CPU where this says so: `learns_by_taps` (getiaction/config/run.py) and the bounds in
+getiaction/policy/convolution.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.compute import our_step
+from benchmarks.train import QUIET
+from getiaction.config.compose import compose
+from getiaction.config.record import describe_machine
+from getiaction.policy.taps import convolve_by_taps
+from getiaction.training.heap import keep_freed_memory
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS = [  # channels, channels that come out, kernel (h, w), stride, sides (h, w)
+    *[(512, 512, (3, 3), 1, (side, side)) for side in (2, 3, 4, 6)],
+    *[(256, 256, (3, 3), 1, (side, side)) for side in (3, 4, 6)],
+    *[(256, 512, (3, 3), 2, (side, side)) for side in (4, 6)],
+    (128, 128, (3, 3), 1, (8, 8)),
+    *[(1024, 1024, (1, 5), 1, (1, moments)) for moments in (4, 8)],
+    *[(512, 512, (1, 5), 1, (1, moments)) for moments in (4, 8)],
+    *[(256, 256, (1, 5), 1, (1, moments)) for moments in (4, 8, 16)],
+    (128, 128, (1, 5), 1, (1, 8)),
+]
+STEPS = {"pusht_cpu": 16, "pusht_fast": 128, "pusht_keypoints": 128, "pusht_basic": 64}  # preset: batch size
+Passes = Callable[[], None]
+
+
+def median_ms(calls: dict[str, Passes], rounds: int, *, cold: Tensor | None = None) -> dict[str, float]:
+    """Return the median milliseconds of each call; they take turns, each with what is in the caches pushed out."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for number in range(rounds):
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            if cold is not None:
+                cold.add_(1)
+            begin = time.perf_counter()
+            calls[name]()
+            taken[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: round(statistics.median(ms), 3) for name, ms in taken.items()}
+
+
+def measure_layer(layer: tuple[Any, ...], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
+    """Return milliseconds of both, forward and backward."""
+    channels, out, kernel, stride, sides = layer
+    strides, padding = (stride if kernel[0] > 1 else 1, stride), (kernel[0] // 2, kernel[1] // 2)
+    last = torch.channels_last
+    x = torch.randn(batch, channels, *sides).contiguous(memory_format=last).requires_grad_()
+    weight = torch.randn(out, channels, *kernel).contiguous(memory_format=last).requires_grad_()
+    rows = kernel[0] == 1  # along time, the library is faster with the channels first
+
+    def library() -> None:
+        if rows:
+            made = functional.conv1d(first, plain, None, strides[1], padding[1])
+            torch.autograd.grad(made, [first, plain], torch.ones_like(made))
+        else:
+            made = functional.conv2d(x, weight, None, strides, padding)
+            torch.autograd.grad(made, [x, weight], torch.ones_like(made))
+
+    def taps() -> None:
+        made = convolve_by_taps(x, weight, None, strides, padding).contiguous(memory_format=last)
+        torch.autograd.grad(made, [x, weight], torch.ones_like(made))
+
+    if rows:
+        first, plain = (one.detach()[:, :, 0].contiguous().requires_grad_() for one in (x, weight))
+    found = median_ms({"library": library, "taps": taps}, rounds, cold=cold)
+    shape = f"{channels} -> {out}, k {'x'.join(map(str, kernel))}, stride {stride}, {'x'.join(map(str, sides))}"
+    return {"layer": shape, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
+
+
+def measure_step(preset: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Return milliseconds of a whole step without its data, with both."""
+    data = ["dataset=pusht_demo_keypoints" if preset == "pusht_keypoints" else "dataset=pusht_demo"]
+    data += ["dataset.episodes=[0,1,2,3]", f"training.batch_size={batch}", *QUIET, "evaluation.final_episodes=null"]
+    data += ["hardware.device=cpu", "hardware.mixed_precision=no"]
+    with tempfile.TemporaryDirectory() as place:
+        steps: dict[str, Any] = {
+            name: our_step(compose([f"+preset={preset}", *data, f"hardware.convolutions={name}"]), Path(place) / name)
+            for name in ("library", "taps")
+        }
+        found = median_ms(steps, rounds)
+    return {"preset": preset, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
+
+
+def main() -> None:
+    """Measure, print the tables and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="*", type=int, default=[16, 64, 128], help="of the layers")
+    parser.add_argument("--presets", nargs="*", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--result", type=Path, help="default: benchmarks/results/taps-<date>.json")
+    arguments = parser.parse_args()
+    keep_freed_memory()  # as in a run
+    cold, layers, steps = torch.zeros(2**25), [], []
+    print("| layer | batch | library, ms | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for layer in LAYERS:
+        for batch in arguments.batches:
+            layers.append(found := measure_layer(layer, batch, arguments.rounds, cold))
+            ms = found["ms"]
+            print(f"| {found['layer']} | {batch} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
+    print("\n| preset | batch | library, ms a step | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for preset in arguments.presets:
+        steps.append(found := measure_step(preset, STEPS[preset], arguments.rounds))
+        ms = found["ms"]
+        print(f"| `{preset}` | {found['batch']} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
+    path = arguments.result or RESULTS / f"taps-{datetime.now(UTC):%Y-%m-%d}.json"
+    machine = describe_machine(torch.device("cpu"))
+    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers, "steps": steps}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
