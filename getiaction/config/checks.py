@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from getiaction.config.precision import is_faster_in_bf16
 from getiaction.config.problems import Problem, report
 from getiaction.config.sampling import few_steps
 from getiaction.config.schema import Config
@@ -248,15 +249,16 @@ def check_devices(config: Config) -> Iterator[Problem]:
     import torch
 
     hardware = config.hardware
-    elsewhere = hardware.device in ("cuda", "mps") or hardware.mixed_precision != "no" or hardware.compile
-    if hardware.convolutions == "taps" and elsewhere:
+    gpus = torch.cuda.device_count()
+    on_gpu = hardware.device in ("cuda", "mps") or (hardware.device == "auto" and gpus > 0)
+    in_bf16 = hardware.mixed_precision == "bf16" or (hardware.mixed_precision == "auto" and is_faster_in_bf16("cpu"))
+    if hardware.convolutions == "taps" and (on_gpu or in_bf16 or hardware.compile):
         yield Problem(
             "hardware.convolutions=taps is for float32 on a CPU, and does nothing with "
             f"hardware.device={hardware.device}, hardware.mixed_precision={hardware.mixed_precision}, "
             f"hardware.compile={str(hardware.compile).lower()}: use hardware.convolutions=auto",
             is_error=False,
         )
-    gpus = torch.cuda.device_count()
     if hardware.device == "cuda" and gpus == 0:
         yield Problem("hardware.device=cuda, but torch sees no CUDA GPU here: use hardware=auto or hardware=cpu")
     if hardware.device == "mps" and not torch.backends.mps.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -50,7 +51,7 @@ from getiaction.training.heap import keep_freed_memory
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.memory_order import update_in_memory_order
 from getiaction.training.metrics import MetricsWriter, tracker_setup
-from getiaction.training.ranks import Ranks, Watchdog
+from getiaction.training.ranks import Ranks, Watchdog, from_main
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ def evaluate_in_training(
     """Roll a policy out as the config says; return its metrics, or None if it was stopped."""
     wanted = config.evaluation
     episodes = final_episodes(wanted) if last else wanted.episodes
+    policy = as_saved(policy)
     evaluation = Evaluation(
         config.env,
         range(wanted.seed, wanted.seed + episodes),
@@ -175,6 +177,14 @@ def evaluate_in_training(
         return None
     log.info("step %d: %s; films: %s", step, say(summary), place)
     return flat(summary)
+
+
+def as_saved(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """Return the policy that opens from a checkpoint of this one: with the same sums, to the bit."""
+    copied = copy.deepcopy(policy)
+    for weight in copied.parameters():
+        weight.data = weight.data.contiguous()
+    return copied
 
 
 def final_episodes(wanted: EvaluationConfig) -> int:
@@ -223,7 +233,7 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
     if hardware.channels_last:
         for encoder in policy.encoders:
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if learns_by_taps(hardware, accelerator):
+    if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
         use_taps(policy)
     return policy
 

@@ -15,12 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy.taps import convolve_by_taps
+from getiaction.policy.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
-# Where a product for each tap is faster, as measured: input channels and samples from which on, places up to which.
-WIDE, MANY, MOMENTS, PIXELS = 256, 16, 8, 16
+# Where a product for each tap is faster, as measured: from how many input channels on, up to how many places.
+WIDE, MOMENTS, PIXELS = 256, 8, 16
 
 
 class Conv1d(nn.Conv1d):
@@ -30,17 +30,21 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
-        weight, stride, padding = self.weight[:, :, None], (1, self.stride[0]), (0, int(self.padding[0]))
         if self.by_taps and is_faster_by_taps(self, x, MOMENTS):
-            if x.ndim == 3:
-                return convolve_by_taps(x[:, :, None], weight, self.bias, stride, padding)[:, :, 0].contiguous()
-            found = convolve_by_taps(x, weight, self.bias, stride, padding)
-            return found.contiguous(memory_format=torch.channels_last)
+            picture = x if x.ndim == 4 else x[:, :, None]
+            found = convolve_by_taps(picture, *self._as_in_2d())
+            return found.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else found[:, :, 0].contiguous()
         if pays(self, x):
             return convolve(self, x)
-        if x.ndim == 3:
+        if x.ndim == 4:
+            return functional.conv2d(x, *self._as_in_2d())
+        if self.by_taps:  # its weights lie so that PyTorch would go through rows
             return functional.conv1d(x, self.weight.contiguous(), self.bias, self.stride, self.padding)
-        return functional.conv2d(x, weight, self.bias, stride, padding)
+        return super().forward(x)
+
+    def _as_in_2d(self) -> tuple[Tensor, Tensor | None, Pair, Pair]:
+        """Return weights, bias, stride and padding of the same convolution of (B, C, 1, T)."""
+        return self.weight[:, :, None], self.bias, (1, self.stride[0]), (0, int(self.padding[0]))
 
 
 class Conv2d(nn.Conv2d):
@@ -80,8 +84,9 @@ def replace_convolutions(module: nn.Module) -> None:
 
 
 def use_taps(module: nn.Module) -> None:
-    """Let the wide convolutions below `module` learn by taps where that is faster: in float32, on a CPU, where they
-    see few places. The channels of their weights come to lie last in memory.
+    """Let the wide convolutions below `module` learn by taps where they see few places, in float32 on a CPU.
+
+    Whether they will or not, the channels of their weights come to lie last in memory.
     """
     for layer in module.modules():
         if isinstance(layer, Conv1d | Conv2d) and layer.in_channels >= WIDE and is_plain(layer):
@@ -95,9 +100,9 @@ def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
     """Tell whether this is where a product for each tap is faster: with up to `most` places to make."""
     if not layer.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or len(x) < MANY:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
         return False
-    return count_places(layer, x) <= most
+    return x.ndim in (4, layer.weight.ndim) and count_places(layer, x) <= most
 
 
 def count_places(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> int:

@@ -47,11 +47,13 @@ def convolve_by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pai
         (B, C', h', w'), with the channels last in memory and the samples just before them.
     """
     by_place = x.permute(2, 3, 0, 1)  # (h, w, B, C): places side by side are the rows of one matrix
-    return _TapConvolution.apply(by_place, weight.permute(2, 3, 0, 1), bias, stride, padding).permute(2, 3, 0, 1)
+    found = _TapConvolution.apply(by_place, weight.permute(2, 3, 0, 1), bias, stride, padding)  # (places' x B, C')
+    sides = [count_outputs(*side) for side in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)]
+    return found.view(*sides, len(x), len(weight)).permute(2, 3, 0, 1)
 
 
 class _TapConvolution(torch.autograd.Function):
-    """Convolve x (h, w, B, C) with weights (kh, kw, C', C)."""
+    """Convolve x (h, w, B, C) with weights (kh, kw, C', C) into (h' w' B, C')."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor:
@@ -62,25 +64,25 @@ class _TapConvolution(torch.autograd.Function):
         out = x.new_zeros(sides[0] * sides[1] * batch, weight.shape[2])
         if bias is not None:
             out += bias
-        matrices = weight.flatten(0, 1).transpose(1, 2).unbind()  # (C, C') each
+        matrices = each_tap(weight.transpose(2, 3))  # (C, C')
         for tap in taps:
             seen, matrix = phases[tap.phase], matrices[tap.number]
             for outputs, inputs in tap.runs:
                 out[outputs].addmm_(seen[inputs], matrix)
         ctx.save_for_backward(weight, *phases.values())
         ctx.taps, ctx.phases, ctx.shape, ctx.stride = taps, list(phases), x.shape, stride
-        return out.view(*sides, batch, -1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *phases = ctx.saved_tensors
         seen = dict(zip(ctx.phases, phases, strict=True))
-        gradient = gradients[0].reshape(-1, weight.shape[2])  # (places x B, C')
+        gradient = gradients[0].contiguous()  # (places' x B, C')
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             by_phase = {name: torch.zeros_like(rows) for name, rows in seen.items()}
-            matrices = weight.flatten(0, 1).unbind()  # (C', C) each
+            matrices = each_tap(weight)  # (C', C)
             for tap in ctx.taps:
                 found, matrix = by_phase[tap.phase], matrices[tap.number]
                 for outputs, inputs in tap.runs:
@@ -89,7 +91,7 @@ class _TapConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             all_see = len(ctx.taps) == weight.shape[0] * weight.shape[1]
             by_weight = torch.empty_like(weight) if all_see else torch.zeros_like(weight)
-            matrices, turned = by_weight.flatten(0, 1).unbind(), gradient.t()
+            matrices, turned = each_tap(by_weight), gradient.t()
             for tap in ctx.taps:
                 rows, matrix = seen[tap.phase], matrices[tap.number]
                 for number, (outputs, inputs) in enumerate(tap.runs):
@@ -97,6 +99,11 @@ class _TapConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             by_bias = gradient.sum(dim=0)
         return by_x, by_weight, by_bias, None, None
+
+
+def each_tap(weight: Tensor) -> list[Tensor]:
+    """View the matrix of each tap of (kh, kw, ...), along the rows of the kernel."""
+    return [matrix for row in weight.unbind() for matrix in row.unbind()]
 
 
 def phase(x: Tensor, start: Pair, stride: Pair) -> Tensor:

@@ -13,14 +13,17 @@ def update_in_memory_order(optimizer: Optimizer) -> None:
 
     PyTorch's kernel goes through weights, gradients and moments as they lie, but copies every gradient first that is
     not contiguous, and does not use the copy. Weights whose channels lie last are contiguous once their sides come in
-    another order. Nothing else changes: not a bit of the result, nor what the optimiser holds between steps.
+    another order. Nothing else changes: not a bit of the result, nor what the optimiser holds between steps. A step
+    that evaluates a closure is PyTorch's own; after one that raises, the optimiser is of no more use.
 
     Source: PyTorch, aten/src/ATen/native/cpu/FusedAdamKernel.cpp.
     """
     if isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in optimizer.param_groups):
         views: dict[nn.Parameter, View] = {}
 
-        def enter(optimizer: Optimizer, *_: Any) -> None:
+        def enter(optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if named.get("closure") or any(callable(one) for one in given[1:]):
+                return
             for group in optimizer.param_groups:
                 group["params"] = [show(weight, views, optimizer) for weight in group["params"]]
 
@@ -36,7 +39,9 @@ def update_in_memory_order(optimizer: Optimizer) -> None:
 def show(weight: nn.Parameter, views: dict[nn.Parameter, View], optimizer: Optimizer) -> nn.Parameter:
     """Return a weight with its sides in memory order; as it is where it is so, or its gradient lies otherwise."""
     gradient = weight.grad
-    if gradient is None or weight.is_contiguous() or gradient.stride() != weight.stride():
+    if gradient is None or weight.device.type != "cpu" or weight.is_contiguous():
+        return weight
+    if gradient.stride() != weight.stride():
         return weight
     view = views.get(weight)
     if view is None or view.shown.data_ptr() != weight.data_ptr():
@@ -51,25 +56,25 @@ class View:
         self.weight, self.sides = weight, in_order(weight)
         self.back = [self.sides.index(side) for side in range(weight.ndim)]
         self.shown = nn.Parameter(weight.detach().permute(self.sides))
-        self.pays = weight.device.type == "cpu" and self.shown.is_contiguous()
-        self._known: tuple[dict[str, Any], dict[str, Any]] | None = None  # of the weight, of what is shown
+        self.pays = self.shown.is_contiguous()
+        self._known: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # of the weight, of what is shown, seen last
 
     def enter(self, optimizer: Optimizer) -> nn.Parameter:
         """Let the optimiser see the view instead of the weight."""
         self.shown.grad = self.weight.grad.permute(self.sides) if self.weight.grad is not None else None
         entry = optimizer.state.pop(self.weight, None)
         if entry is not None:
-            if self._known is None or not same(self._known[0], entry):
-                self._known = entry, {name: self._turn(value, self.sides) for name, value in entry.items()}
-            optimizer.state[self.shown] = self._known[1]
+            if not same(self._known[0], entry):
+                self._known = dict(entry), {name: self._turn(value, self.sides) for name, value in entry.items()}
+            optimizer.state[self.shown] = dict(self._known[1])
         return self.shown
 
     def leave(self, optimizer: Optimizer) -> nn.Parameter:
         """Let the optimiser see the weight again."""
-        entry = optimizer.state.pop(self.shown)
-        if self._known is None or not same(self._known[1], entry):
-            self._known = {name: self._turn(value, self.back) for name, value in entry.items()}, entry
-        optimizer.state[self.weight], self.shown.grad = self._known[0], None
+        entry = optimizer.state.pop(self.shown)  # which Adam makes for each weight that has a gradient
+        if not same(self._known[1], entry):
+            self._known = {name: self._turn(value, self.back) for name, value in entry.items()}, dict(entry)
+        optimizer.state[self.weight], self.shown.grad = dict(self._known[0]), None
         return self.weight
 
     def _turn(self, value: Any, sides: list[int]) -> Any:

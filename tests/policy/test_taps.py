@@ -32,22 +32,25 @@ SIZES = [  # sides, kernel, stride, padding
 
 def passes(convolve: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> list[Tensor]:
     """Return what comes out, and the gradients of a loss that weighs each number differently."""
-    given = [one.detach().clone().requires_grad_() for one in (x, weight, bias) if one is not None]
+    given = [one.detach().requires_grad_() for one in (x, weight, bias) if one is not None]
     out = convolve(*given, *([] if bias is not None else [None]), *sizes)
     torch.manual_seed(1)
     return [out, *torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), given)]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (2, 0, 3, 1), (3, 1, 2, 0)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("sides", "kernel", "stride", "padding"), SIZES)
 def test_all_passes_are_pytorchs(
-    sides: Any, kernel: Any, stride: Any, padding: Any, with_bias: bool, last: bool
+    sides: Any, kernel: Any, stride: Any, padding: Any, with_bias: bool, order: Any
 ) -> None:
+    def lie(*shape: int) -> Tensor:
+        """Return random numbers that lie in memory as `order` says, the side that comes first outermost."""
+        back = [order.index(side) for side in range(4)]
+        return torch.randn([shape[side] for side in order], dtype=torch.float64).permute(back)
+
     torch.manual_seed(0)
-    order = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(3, 6, *sides, dtype=torch.float64).contiguous(memory_format=order)
-    weight = torch.randn(8, 6, *kernel, dtype=torch.float64).contiguous(memory_format=order)
+    x, weight = lie(3, 6, *sides), lie(8, 6, *kernel)
     bias = torch.randn(8, dtype=torch.float64) if with_bias else None
     found, expected = (passes(one, x, weight, bias, stride, padding) for one in (convolve_by_taps, functional.conv2d))
     for value, right in zip(found, expected, strict=True):
@@ -169,11 +172,18 @@ def test_they_are_taken_where_they_are_faster_only(calls: list[Any]) -> None:
     assert not taken(row, 16, 256, 9)
     assert not taken(picture, 16, 256, 4, 5)
     assert not taken(narrow, 16, 32, 4)
-    assert not taken(row, 15, 256, 4)
+    assert taken(row, 1, 256, 4)
     assert not taken(row.eval(), 16, 256, 4)
     assert not taken(picture, 16, 256, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert not taken(row.train(), 16, 256, 4)
+
+
+def test_what_comes_out_may_be_changed_in_place() -> None:
+    for layer, shape in ((Conv2d(256, 8, 3, padding=1), (16, 256, 1, 1)), (Conv1d(256, 8, 1), (16, 256, 1))):
+        use_taps(layer)
+        torch.relu_(layer(torch.randn(shape))).sum().backward()
+        assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("shape", [(16, 256, 4), (16, 256, 16), (16, 256, 1, 4), (16, 256, 1, 16)])

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from getiaction.config import precision as precision_module
 from getiaction.config import run
 from getiaction.errors import TrainingError
+from getiaction.interop.lerobot import load_policy
+from getiaction.policy import convolution
 from getiaction.training.metrics import read_metrics
 
 LOG_COLUMNS = {"step", "time", "epoch", "samples", "loss", "lr", "samples_per_s", "data_wait", "memory_gb"}
@@ -233,15 +235,31 @@ def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
 WIDE = ("unet.down_dims=[16,256]", "training.batch_size=16", "lr_scheduler.num_warmup_steps=0")
 
 
-def test_taps_train_alike_and_resume_exactly(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+def test_taps_train_alike_and_resume_exactly(
+    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, plain = [], convolution.convolve_by_taps
+    monkeypatch.setattr(convolution, "convolve_by_taps", lambda *given: calls.append(1) or plain(*given))
     tiny.fit(tmp_path / "library", *WIDE, "hardware.convolutions=library")
+    assert not calls
     folder = tmp_path / "taps"
     tiny.train(folder, *WIDE, "hardware.convolutions=taps")
+    assert calls
     assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "library"), rel=1e-4)
     shutil.copytree(folder, tmp_path / "stopped", symlinks=True)
     helpers.remove_checkpoint(tmp_path / "stopped", 4)
     tiny.resume(tmp_path / "stopped")
     helpers.assert_same_bits(tmp_path / "stopped", folder, step=4)
+
+
+def test_an_evaluation_in_training_acts_as_the_checkpoint_does(tiny: Any, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, *WIDE, "hardware.convolutions=taps")
+    trainer.fit()
+    observations = {"observation.state": torch.rand(3, 2, 2) * 500}
+    saved = load_policy(tmp_path).predict_action_chunk(observations, generator=torch.Generator().manual_seed(0))
+    average = run.as_saved(trainer.ema.average)
+    assert torch.equal(average.predict_action_chunk(observations, generator=torch.Generator().manual_seed(0)), saved)
+    assert not next(trainer.policy.diffusion.unet.mid_modules.parameters()).is_contiguous()  # it goes on as it was
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,39 @@ def test_the_same_bits_and_the_same_state(kind: Any, options: dict[str, Any]) ->
     assert_same_state(again, plain)
     again.zero_grad()
     assert all(weight.grad is None for weight in weights)
+
+
+def test_a_state_that_is_loaded_or_changed_meanwhile_counts() -> None:
+    weights, theirs = make_weights(), make_weights()
+    ours, plain = torch.optim.AdamW(weights, fused=True), torch.optim.AdamW(theirs, fused=True)
+    update_in_memory_order(ours)
+    first = None
+    for number in range(3):
+        step(ours, weights, number)
+        step(plain, theirs, number)
+        first = first or copy.deepcopy(plain.state_dict())
+    for optimizer, own in ((ours, weights), (plain, theirs)):
+        optimizer.load_state_dict(copy.deepcopy(first))
+        optimizer.state[own[1]]["exp_avg"] = torch.ones_like(own[1])
+        step(optimizer, own, 3)
+    assert all(torch.equal(one, other) for one, other in zip(weights, theirs, strict=True))
+    assert_same_state(ours, plain)
+
+
+def test_a_step_with_a_closure_is_pytorchs() -> None:
+    weights = make_weights()
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    update_in_memory_order(optimizer)
+    for number in range(2):
+        optimizer.zero_grad()
+
+        def closure() -> float:
+            loss = sum((weight**2).sum() for weight in weights)
+            loss.backward()
+            return loss.item()
+
+        optimizer.step(closure)
+        assert {int(entry["step"]) for entry in optimizer.state.values()} == {number + 1}
 
 
 def test_no_gradient_is_copied() -> None:
