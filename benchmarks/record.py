@@ -33,6 +33,7 @@ TARGET = 0.90  # of score A
 WARM = 0.2  # share of the log that tells no steady rate
 RECIPE = [
     "+preset=pusht_basic",
+    "backbone.norm=batch",  # learns faster than group norm: benchmarks/NOTES.md, from pictures
     "mirror=pusht",
     "unet=small",
     "unet.kernel_size=5",
