@@ -180,8 +180,9 @@ def test_preset_trains_two_steps_at_full_size(preset: str, request: pytest.Fixtu
     small += [] if aloha else ["dataset.episodes=[0,1]"]
     config = compose([f"+preset={preset}", *data, *small])
     metrics = train(config, scratch / "run")
-    assert 0.03 < metrics["loss"] < 10
-    assert 0.03 < metrics["val_loss"] < 10  # those that predict actions begin below those that predict noise
+    least = 0.03 if preset == "pusht_pictures" else 0.1  # actions are nearer to an untrained guess than noise is
+    assert least < metrics["loss"] < 10
+    assert least < metrics["val_loss"] < 10
     assert metrics["val_action_error"] > 0
     assert (scratch / "run/checkpoints/last/pretrained_model/model.safetensors").exists()
 
