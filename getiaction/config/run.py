@@ -47,6 +47,7 @@ from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
+from getiaction.training.gradients import can_replay
 from getiaction.training.heap import keep_freed_memory
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.memory_order import update_in_memory_order
@@ -144,6 +145,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
         keep_best=config.evaluation.keep_best,
         data=data,
         watchdog=Watchdog(config.hardware.hang_timeout if accelerator.num_processes > 1 else None),
+        replays=replays_steps(config.hardware, accelerator),
     )
     if checkpoint and state:
         resume(trainer, state, read_average(checkpoint))
@@ -243,6 +245,12 @@ def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
     can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
     known = read_cpu("vendor_id") == "GenuineIntel"  # benchmarks/NOTES.md
     return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))
+
+
+def replays_steps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
+    """Tell whether steps are replayed as CUDA graphs: where they can, and torch.compile makes none itself."""
+    makes_its_own = hardware.compile and hardware.compile_mode != "default"
+    return hardware.cuda_graphs and not makes_its_own and can_replay(accelerator)
 
 
 def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:

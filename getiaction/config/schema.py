@@ -109,6 +109,7 @@ class HardwareConfig:
     channels_last: bool = MISSING
     convolutions: str = MISSING
     tf32: bool = MISSING
+    cuda_graphs: bool = MISSING
     compile: bool = MISSING
     compile_mode: str = MISSING
     sync_batch_norm: bool = MISSING

@@ -19,7 +19,8 @@ from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
-from getiaction.policy.steps import start
+from getiaction.policy.replay import Replays, can_replay
+from getiaction.policy.steps import Generators, Noise, draw_all, known_steps, start
 from getiaction.policy.unet import ConditionalUnet1d
 from getiaction.policy.unrolled import unroll
 
@@ -92,6 +93,7 @@ class DiffusionPolicy(nn.Module):
             obs_dim += encoders[0].feature_dim * len(features.cameras)
         self.diffusion.unet = unet(action_dim=features.action_dim, cond_dim=obs_dim * n_obs_steps)
         self.noising = Noising(noise_scheduler, prediction_type, loss_weighting)
+        self._replays = Replays()
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +167,7 @@ class DiffusionPolicy(nn.Module):
         observations: Mapping[str, Tensor],
         *,
         noise: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Return the Ta actions to execute from the last observation on, in the dataset's units.
@@ -178,10 +180,31 @@ class DiffusionPolicy(nn.Module):
 
         Returns:
             (B, Ta, Da).
+
+        On a CUDA GPU, calls of one shape are replayed as a CUDA graph from the third on (see `replay.Replays`).
         """
-        return self.act_on(
-            self.prepare(observations), noise=noise, generator=generator, num_inference_steps=num_inference_steps
-        )
+        steps = num_inference_steps or self.num_inference_steps
+        seen = tuple(observations[key] for key in self.features.observation_keys)
+        known = known_steps(self.noise_scheduler, steps, self.prediction_type)
+        if known is None or not can_replay(self, seen):
+            return self.act_on(self.prepare(observations), noise=noise, generator=generator, num_inference_steps=steps)
+        if noise is None:
+            noise = self._draw(len(seen[0]), generator)
+        noisy = sum(step.s != 0 for step in known[1])
+        step_noise = draw_all(noise, noisy, generator) if noisy else noise[:0]
+
+        def make() -> Callable[..., Tensor]:
+            times = known[0].to(self.device)  # a graph cannot copy them from the host
+
+            def act(noise: Tensor, step_noise: Tensor, *seen: Tensor) -> Tensor:
+                prepared = self.prepare(dict(zip(self.features.observation_keys, seen, strict=True)))
+                cond = self.encode(self.normalizer(prepared))
+                return self.executed(self.sample(cond, noise, step_noise, steps, times))
+
+            return act
+
+        kind = (self.noise_scheduler, steps, self.prediction_type, self.n_obs_steps, self.n_action_steps)
+        return self._replays(self, kind, make, (noise.to(self.device), step_noise, *seen))
 
     def prepare(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Resize and centre-crop recorded pictures, as training batches already are; keep the policy's inputs only."""
@@ -198,7 +221,7 @@ class DiffusionPolicy(nn.Module):
         prepared: Mapping[str, Tensor],
         *,
         noise: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Do what `predict_action_chunk` does, for observations that are resized and cropped already."""
@@ -215,19 +238,21 @@ class DiffusionPolicy(nn.Module):
         self,
         cond: Tensor,
         noise: Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Noise = None,
         num_inference_steps: int | None = None,
+        times: Tensor | None = None,
     ) -> Tensor:
-        """Denoise a normalised trajectory, (B, T, Da), given encoded observations (B, cond_dim)."""
-        scheduler = self.noise_scheduler
+        """Denoise a normalised trajectory, (B, T, Da), given encoded observations (B, cond_dim).
+
+        Args:
+            times: what `steps.start` returns, on the device already.
+        """
+        scheduler, steps = self.noise_scheduler, num_inference_steps or self.num_inference_steps
         if noise is None:
-            shape = (len(cond), self.horizon, self.features.action_dim)
-            if isinstance(generator, list):
-                raise ValueError("one generator for each row needs noise= to start from")
-            noise = torch.randn(shape, generator=generator, device=cond.device)
-        timesteps, take = start(scheduler, num_inference_steps or self.num_inference_steps, self.prediction_type)
+            noise = self._draw(len(cond), generator)
+        timesteps, take = start(scheduler, steps, self.prediction_type)
         unet = self.diffusion.unet
-        films = unet.modulation(timesteps.to(cond.device), cond)
+        films = unet.modulation(timesteps.to(cond.device) if times is None else times, cond)
         unrolled = unroll(unet, films, self.horizon)
         scale = getattr(scheduler, "scale_model_input", None)  # flow matching needs none
         sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -236,3 +261,10 @@ class DiffusionPolicy(nn.Module):
             output = unrolled(noisy, number) if unrolled else unet.denoise(noisy, [film[number] for film in films])
             sample = take(output.float(), number, sample, generator)
         return sample
+
+    def _draw(self, count: int, generator: Noise) -> Tensor:
+        """Draw what to start denoising from, (B, T, Da)."""
+        if isinstance(generator, list | Tensor):
+            raise ValueError("one generator for each row needs noise= to start from")
+        shape = (count, self.horizon, self.features.action_dim)
+        return torch.randn(shape, generator=generator, device=self.device)

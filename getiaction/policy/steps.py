@@ -25,7 +25,8 @@ from torch import Tensor
 from getiaction.policy.noising import FLOW, is_flow
 
 Generators = torch.Generator | list[torch.Generator] | None
-Take = Callable[[Tensor, int, Tensor, Generators], Tensor]
+Noise = Generators | Tensor  # where it comes from; or all of it, (steps that add noise, B, T, Da)
+Take = Callable[[Tensor, int, Tensor, Noise], Tensor]
 EULER = "FlowMatchEulerDiscreteScheduler"  # by name: importing it brings in SciPy's statistics, which take a second
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
@@ -68,13 +69,18 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
         clip, noisy = clip_of(scheduler), sum(step.s != 0 for step in known)
         ahead: list[Tensor] = []  # noise of the steps that are left
 
-        def take_known(output: Tensor, number: int, sample: Tensor, generator: Generators) -> Tensor:
+        def take_known(output: Tensor, number: int, sample: Tensor, generator: Noise) -> Tensor:
             step, noise = known[number], None
-            if step.s and isinstance(generator, list):
+            if step.s and isinstance(generator, Tensor):
+                if not ahead:
+                    ahead.extend(generator.unbind(0))
+                noise = ahead.pop(0)
+            elif step.s and isinstance(generator, list):
                 if not ahead:
                     ahead.extend(draw_ahead(output, noisy, generator))
                 noise = ahead.pop(0)
             elif step.s:
+                assert not isinstance(generator, Tensor)
                 noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
             return step.take(output, sample, clip, noise)
 
@@ -85,11 +91,19 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
     scheduler.set_timesteps(num_inference_steps)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
-    def take(output: Tensor, number: int, sample: Tensor, generator: Generators) -> Tensor:
+    def take(output: Tensor, number: int, sample: Tensor, generator: Noise) -> Tensor:
         extra = {"generator": generator} if takes_generator else {}
         return scheduler.step(output, scheduler.timesteps[number], sample, **extra).prev_sample
 
     return scheduler.timesteps, take
+
+
+def draw_all(like: Tensor, count: int, generator: Generators) -> Tensor:
+    """Return the noise of `count` steps, each like `like` (B, T, Da): the numbers that would come step by step."""
+    if isinstance(generator, list):
+        return torch.stack(draw_ahead(like, count, generator))
+    drawn = [randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype) for _ in range(count)]
+    return torch.stack(drawn)
 
 
 def draw_ahead(like: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, ...]:

@@ -171,7 +171,7 @@ class ConditionalUnet1d(nn.Module):
 
         def run(block: ResidualBlock, x: Tensor) -> Tensor:
             if self.gradient_checkpointing and self.training:
-                return checkpoint(block, x, cond, use_reentrant=False)
+                return checkpoint(block, x, cond, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
             return block(x, cond)
 
         return self._pass(noisy_actions, run)

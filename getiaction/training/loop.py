@@ -5,7 +5,6 @@ What a step sees is a pure function of (seed, step): a run that was killed goes 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from getiaction.signals import stop_on_signals
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock
 from getiaction.training.ema import Ema
+from getiaction.training.gradients import Gradients, Part
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
 from getiaction.training.validation import Validator, draw_noise, evaluating
@@ -69,6 +69,7 @@ class Trainer:
         evaluate: rolls a policy out, given the step, whether it is the last, and what tells whether to stop, when it
             returns None; None if nothing is rolled out.
         keep_best: keep the policy with the best score as well.
+        replays: as `Gradients` takes it.
     """
 
     accelerator: Accelerator
@@ -90,6 +91,11 @@ class Trainer:
     unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
     read: list[float] = field(default_factory=list)  # losses since the last line of metrics
     latest: dict[str, float] = field(default_factory=dict)
+    replays: bool = False
+
+    def __post_init__(self) -> None:
+        """Bind the parts that compute gradients."""
+        self.gradients = Gradients(self.accelerator, self.model, self.plan.max_grad_norm, replays=self.replays)
 
     @property
     def best(self) -> DiffusionPolicy:
@@ -136,24 +142,17 @@ class Trainer:
         )
         masked = self.policy.do_mask_loss_for_padding and share.global_batch_size > share.batch_size
         weights = self.batches.weights(self.step) if masked else [1.0] * share.accumulation
-        total: Tensor | None = None
-        for micro, (batch, part) in enumerate(zip(batches, share.slices(draws), strict=True)):
-            is_last = micro == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = self.model(batch, to_device(noise[part], device), to_device(timesteps[part], device)) * (
-                    weights[micro] / share.accumulation
-                )
-                self.accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        if self.plan.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.max_grad_norm)
+        parts = [
+            Part(batch, to_device(noise[rows], device), to_device(timesteps[rows], device))
+            for batch, rows in zip(batches, share.slices(draws), strict=True)
+        ]
+        loss = self.gradients(parts, weights)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.policy, self.step)
-        assert total is not None
-        self.unread.append(total.reshape(1))
+        self.unread.append(loss.reshape(1))
 
     def _log(self, bar: tqdm, clock: Clock) -> None:
         self._read_losses()

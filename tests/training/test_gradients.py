@@ -1,0 +1,53 @@
+"""Training that replays its steps as CUDA graphs takes the steps that plain training takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from getiaction.training.metrics import read_metrics
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
+ON_GPU = ("hardware=gpu", "hardware.tf32=false", "training.max_steps=8", "training.max_grad_norm=0.5")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("pictures",),
+        ("pictures", "backbone.norm=batch"),
+        ("training.gradient_accumulation_steps=2", "policy.do_mask_loss_for_padding=false"),
+        ("training.gradient_accumulation_steps=2", "policy.do_mask_loss_for_padding=true"),
+        ("hardware.mixed_precision=bf16",),
+        ("hardware.mixed_precision=fp16",),
+        ("unet.gradient_checkpointing=true",),
+    ],
+)
+def test_replayed_steps_are_the_plain_ones(tiny: Any, helpers: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+    overrides = [part for one in more for part in (helpers.WITH_PICTURES if one == "pictures" else (one,))]
+    plain_only = {"hardware.mixed_precision=fp16", "policy.do_mask_loss_for_padding=true"} & {*more}
+    weights = {}
+    for name, replays in {"replayed": "true", "plain": "false"}.items():
+        trainer = tiny.trainer(tmp_path / name, *ON_GPU, *overrides, f"hardware.cuda_graphs={replays}")
+        trainer.fit()
+        kept = trainer.gradients._replay
+        assert (kept is not None and kept.captured) is (name == "replayed" and not plain_only)
+        weights[name] = {key: value.cpu() for key, value in trainer.policy.state_dict().items()}
+    assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+    for key, value in weights["plain"].items():
+        assert torch.allclose(weights["replayed"][key], value, rtol=1e-2, atol=1e-4), key
+
+
+def test_a_cpu_replays_nothing(tiny: Any, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, "training.max_steps=4")
+    trainer.fit()
+    assert trainer.gradients._replay is None
