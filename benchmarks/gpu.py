@@ -229,8 +229,8 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
     """Ask for far too much, and record what the user is told."""
     if bench.device == "cpu":
         return {"skipped": "a CPU's memory is everybody's"}
-    wide = "unet.down_dims=[2048,4096,8192]"
-    failed = bench.train("memory", "+preset=pusht_laptop", wide, "training.batch_size=65536", *QUIET, check=False)
+    wide = "unet.down_dims=[1024,1024,2048]"
+    failed = bench.train("memory", "+preset=pusht_laptop", wide, "training.batch_size=16384", *QUIET, check=False)
     message = failed.stderr.strip().splitlines()[-1:]
     return {"code": failed.returncode, "message": message, "overrides": re.findall(r"[\w.]+=\S+", " ".join(message))}
 

@@ -42,7 +42,7 @@ from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.convolution import use_taps
+from getiaction.policy.convolution import use_library, use_taps
 from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
@@ -235,6 +235,8 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
     if hardware.channels_last:
         for encoder in policy.encoders:
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if hardware.convolutions == "library":
+        use_library(policy)
     if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
         use_taps(policy)
     return policy

@@ -8,6 +8,8 @@ this is, and where: benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from getiaction.policy.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
+FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels for GPUs take
 # Where a product for each tap is faster, as measured: from how many input channels on, up to how many places.
 WIDE, MOMENTS, PIXELS = 256, 8, 16
 
@@ -27,9 +30,12 @@ class Conv1d(nn.Conv1d):
     """Do what `nn.Conv1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
 
     by_taps = False  # see `use_taps`
+    by_library = False  # see `use_library`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if (fused := kernels_for(self, x)) is not None and is_plain(self):
+            return fused.convolve(self, x)
         if self.by_taps and is_faster_by_taps(self, x, MOMENTS):
             picture = x if x.ndim == 4 else x[:, :, None]
             found = convolve_by_taps(picture, *self._as_in_2d())
@@ -63,8 +69,12 @@ class Conv2d(nn.Conv2d):
 class ConvTranspose1d(nn.ConvTranspose1d):
     """Do what `nn.ConvTranspose1d` does, also for (B, C, 1, T), whose channels may lie last in memory."""
 
+    by_library = False  # see `use_library`
+
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
+        if (fused := kernels_for(self, x)) is not None and is_plain(self) and output_size is None:
+            return fused.convolve_transposed(self, x)
         if x.ndim == 3:
             return super().forward(x, output_size)
         stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
@@ -94,6 +104,31 @@ def use_taps(module: nn.Module) -> None:
             flat = layer.weight.data if isinstance(layer, Conv2d) else layer.weight.data[:, :, None]
             laid = flat.contiguous(memory_format=torch.channels_last)
             layer.weight.data = laid if isinstance(layer, Conv2d) else laid[:, :, 0]
+
+
+def use_library(module: nn.Module) -> None:
+    """Let the layers below `module` use PyTorch's own kernels on a GPU, too, instead of those in `fused.py`."""
+    for layer in module.modules():
+        layer.by_library = True  # type: ignore[assignment]  # others do not look at it
+
+
+def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
+    """Return the kernels in `fused.py` for a layer that sees x (B, C, T), or None where they do not run."""
+    if x.device.type != "cuda" or x.ndim != 3 or torch.compiler.is_compiling() or layer.by_library:
+        return None
+    return find_kernels() if x.dtype in FUSED else None
+
+
+@cache
+def find_kernels() -> ModuleType | None:
+    """Import the kernels, which need Triton and a GPU of compute capability 7.0; or return None."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+        return None
+    try:
+        from getiaction.policy import fused
+    except ImportError:
+        return None
+    return fused
 
 
 def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
-from getiaction.policy.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.convolution import Conv1d, ConvTranspose1d, kernels_for
 
 NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
@@ -43,6 +43,8 @@ class SinusoidalEmbedding(nn.Module):
 class ConvBlock(nn.Module):
     """Convolve along time, normalise, Mish: (B, C, T) -> (B, C', T)."""
 
+    by_library = False  # see `convolution.use_library`
+
     def __init__(self, channels_in: int, channels_out: int, *, kernel_size: int, n_groups: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
@@ -51,9 +53,25 @@ class ConvBlock(nn.Module):
             Mish(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, T) to (B, C', T)."""
-        return self.block(x)
+    def forward(self, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Map (B, C, T) to (B, C', T); then scale and shift, and add.
+
+        Args:
+            film: shifts (B, C'), or scales and shifts (B, 2C').
+            residual: (B, C', T).
+        """
+        convolution, norm, _ = self.block
+        if (fused := kernels_for(self, x)) is not None and fused.takes(norm, x.shape[-1]):
+            return fused.normalise(norm, convolution(x), film, residual)
+        hidden = self.block(x)
+        if film is not None:
+            film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
+            if film.shape[1] == hidden.shape[1]:
+                hidden = hidden + film
+            else:
+                scale, bias = film.chunk(2, dim=1)
+                hidden = scale * hidden + bias
+        return hidden if residual is None else hidden + residual
 
 
 class ResidualBlock(nn.Module):
@@ -77,14 +95,7 @@ class ResidualBlock(nn.Module):
 
     def modulate(self, x: Tensor, film: Tensor) -> Tensor:
         """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
-        hidden = self.conv1(x)
-        film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
-        if self.film_scale:
-            scale, bias = film.chunk(2, dim=1)
-            hidden = scale * hidden + bias
-        else:
-            hidden = hidden + film
-        return self.conv2(hidden) + self.residual_conv(x)
+        return self.conv2(self.conv1(x, film), residual=self.residual_conv(x))
 
 
 class ConditionalUnet1d(nn.Module):

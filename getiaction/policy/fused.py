@@ -1,0 +1,330 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The U-Net's layers on a CUDA GPU: convolutions as matrix products, and what lies between them as one kernel.
+
+Where hundreds of channels meet a handful of places, cuDNN's convolutions along time take up to ten times as long as the
+matrix product that they are, and copy from one memory order to another before and after; group norm, Mish and FiLM are
+a dozen small kernels. Here a convolution copies its windows (one kernel) and multiplies; the rest is one kernel
+forwards and one backwards. The maths is the same: products are rounded as PyTorch's settings say (TF32, autocast), sums
+are float32. Sequences keep the shape (B, C, T), but lie as (B, T, C).
+
+Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+BLOCK = 1024  # numbers that a program copies
+LARGEST = 16384  # numbers of a group that a program holds
+NUMBERS_A_WARP = 256
+
+
+@triton.jit
+def _unfold_kernel(
+    x, out, steps, out_steps, width, x_row, x_step, x_channel,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    window = tl.program_id(0).to(tl.int64)
+    row, first = window // out_steps, (window % out_steps) * STRIDE - PADDING
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # in (C, k)
+    step, channel = first + place % KERNEL, place // KERNEL
+    inside = (place < width) & (step >= 0) & (step < steps)
+    value = tl.load(x + row * x_row + step * x_step + channel * x_channel, mask=inside, other=0.0)
+    tl.store(out + window * width + place, value.to(out.dtype.element_ty), mask=place < width)
+
+
+@triton.jit
+def _fold_kernel(
+    windows, bias, out, steps, window_steps, channels,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row, step = place // steps, place % steps
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    known = channel < channels
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tap in tl.static_range(KERNEL):
+        shifted = step + PADDING - tap
+        window = shifted // STRIDE
+        inside = (shifted >= 0) & (shifted % STRIDE == 0) & (window < window_steps)
+        source = windows + ((row * window_steps + window) * channels + channel) * KERNEL + tap
+        total += tl.load(source, mask=known & inside, other=0.0).to(tl.float32)
+    if BIASED:
+        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + place * channels + channel, total.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _mish(y):
+    """Return Mish and its slope: with s = sigmoid(y) and r = sigmoid(-y), as in `activation.py`."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-y))
+    rest = 1.0 / (1.0 + tl.exp(y))
+    divisor = 1.0 + rest * rest
+    gate = sigmoid * (1.0 + rest) / divisor
+    share = rest / divisor
+    return y * gate, gate + 4.0 * y * sigmoid * share * share
+
+
+@triton.jit
+def _block_kernel(
+    x, weight, bias, scale, shift, residual, out, steps, size, eps,
+    film_row, residual_row, residual_step, residual_channel,
+    SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    step, inside = tl.arange(0, STEPS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    known = inside < size
+    mask = (step < steps) & known
+    channel = group * size + inside
+    place = (row * steps + step) * channels + channel
+
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    count = steps * size
+    mean = tl.sum(tl.sum(value, 1), 0) / count
+    centred = tl.where(mask, value - mean, 0.0)
+    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
+    gain, offset = tl.load(weight + channel, mask=known, other=0.0), tl.load(bias + channel, mask=known, other=0.0)
+    y, _ = _mish(centred * rate * gain.to(tl.float32) + offset.to(tl.float32))
+    if SCALES:
+        y *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
+    if SHIFTS:
+        y += tl.load(shift + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
+    if ADDS:
+        around = residual + row * residual_row + step * residual_step + channel * residual_channel
+        y += tl.load(around, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, y, mask=mask)
+
+
+@triton.jit
+def _block_backward_kernel(
+    x, weight, bias, scale, gradient, by_x, by_affine, by_scale, by_shift,
+    steps, size, eps, film_row, by_film_row,
+    gradient_row, gradient_step, gradient_channel,
+    SCALES: tl.constexpr, SHIFTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    rows = tl.num_programs(0)
+    step, inside = tl.arange(0, STEPS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    known = inside < size
+    mask = (step < steps) & known
+    channel = group * size + inside
+    place = (row * steps + step) * channels + channel
+    # one number for each channel of this group
+    alone = tl.arange(0, CHANNELS)
+    kept, each = alone < size, row * channels + group * size + alone
+    film = row * by_film_row + group * size + alone
+
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    count = steps * size
+    mean = tl.sum(tl.sum(value, 1), 0) / count
+    centred = tl.where(mask, value - mean, 0.0)
+    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
+    normal = centred * rate
+    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    y, slope = _mish(normal * gain + offset)
+
+    source = gradient + row * gradient_row + step * gradient_step + channel * gradient_channel
+    found = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if SHIFTS:
+        tl.store(by_shift + film, tl.sum(found, 0).to(by_shift.dtype.element_ty), mask=kept)
+    if SCALES:
+        tl.store(by_scale + film, tl.sum(found * y, 0).to(by_scale.dtype.element_ty), mask=kept)
+        found *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
+    found *= slope
+    tl.store(by_affine + each, tl.sum(found * normal, 0), mask=kept)
+    tl.store(by_affine + rows * channels + each, tl.sum(found, 0), mask=kept)
+    found *= gain
+    average = tl.sum(tl.sum(found, 1), 0) / count
+    along = tl.sum(tl.sum(found * normal, 1), 0) / count
+    result = rate * (found - average - normal * along)
+    tl.store(by_x + place, result.to(by_x.dtype.element_ty), mask=mask)
+
+
+def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> Tensor:
+    """Copy the windows of x (B, C, T), anyhow it lies, into (B T', C k)."""
+    rows, channels, steps = x.shape
+    out_steps = (steps + 2 * padding - kernel) // stride + 1
+    if kernel == stride == 1 and padding == 0:
+        return x.transpose(1, 2).reshape(rows * steps, channels).to(dtype)
+    width = channels * kernel
+    out = torch.empty((rows * out_steps, width), dtype=dtype, device=x.device)
+    block = min(BLOCK, triton.next_power_of_2(width))
+    grid = rows * out_steps, triton.cdiv(width, block)
+    _unfold_kernel[grid](
+        x, out, steps, out_steps, width, x.stride(0), x.stride(2), x.stride(1),
+        KERNEL=kernel, STRIDE=stride, PADDING=padding, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def fold(
+    windows: Tensor,
+    rows: int,
+    steps: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Add up the windows (B T', C k) where they came from, in (B, C, T); what `unfold` has as its gradient."""
+    channels, window_steps = windows.shape[1] // kernel, len(windows) // rows
+    if kernel == stride == 1 and padding == 0 and bias is None:
+        return windows.view(rows, steps, channels).to(dtype).transpose(1, 2)
+    out = torch.empty((rows, steps, channels), dtype=dtype, device=windows.device)
+    block = min(BLOCK, triton.next_power_of_2(channels))
+    _fold_kernel[rows * steps, triton.cdiv(channels, block)](
+        windows, bias if bias is not None else windows, out, steps, window_steps, channels,
+        KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, BLOCK=block,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def multiplied_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type of products: autocast's, or the one that the weights have."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolve x (B, C, T) with weights (C', C, k) into (B, C', T')."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        dtype, kernel = multiplied_in(x, weight), weight.shape[2]
+        multiplied = weight.to(dtype)
+        rows = unfold(x, kernel, stride, padding, dtype)
+        matrix = multiplied.flatten(1).t()
+        product = rows @ matrix if bias is None else torch.addmm(bias.to(dtype), rows, matrix)  # (B T', C')
+        ctx.save_for_backward(x, multiplied)
+        ctx.types, ctx.window = (weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
+        return product.view(len(x), -1, len(weight)).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
+        gradient = unfold(gradients[0], 1, 1, 0, weight.dtype)  # (B T', C')
+        by_x = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            windows = gradient @ weight.flatten(1)
+            by_x = fold(windows, len(x), x.shape[2], kernel, stride, padding, dtype=x.dtype)
+        if ctx.needs_input_grad[1]:
+            windows = unfold(x, kernel, stride, padding, weight.dtype)
+            by_weight = (gradient.t() @ windows).view_as(weight).to(ctx.types[0])
+        if ctx.needs_input_grad[2]:
+            by_bias = gradient.sum(0, dtype=ctx.types[1])
+        return by_x, by_weight, by_bias, None, None
+
+
+class _TransposedConvolution(torch.autograd.Function):
+    """Convolve x (B, C, T), transposed, with weights (C, C', k) into (B, C', T')."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+        dtype, kernel = multiplied_in(x, weight), weight.shape[2]
+        multiplied, steps = weight.to(dtype), (x.shape[2] - 1) * stride - 2 * padding + kernel
+        windows = unfold(x, 1, 1, 0, dtype) @ multiplied.flatten(1)  # (B T, C' k)
+        ctx.save_for_backward(x, multiplied)
+        ctx.types, ctx.window = (weight.dtype, bias.dtype), (kernel, stride, padding)
+        return fold(windows, len(x), steps, kernel, stride, padding, bias, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
+        gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype)  # (B T, C' k)
+        by_x = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_x = (gradient @ weight.flatten(1).t()).view(len(x), x.shape[2], -1).to(x.dtype).transpose(1, 2)
+        if ctx.needs_input_grad[1]:
+            by_weight = (unfold(x, 1, 1, 0, weight.dtype).t() @ gradient).view_as(weight).to(ctx.types[0])
+        if ctx.needs_input_grad[2]:
+            by_bias = gradients[0].sum((0, 2), dtype=ctx.types[1])
+        return by_x, by_weight, by_bias, None, None
+
+
+class _Block(torch.autograd.Function):
+    """Normalise groups of x (B, C, T), Mish, times `film`'s scales (B, C), plus its shifts, plus `residual`.
+
+    The result is float32. `film` is (B, C) shifts, (B, 2C) scales and shifts, or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        film: Tensor | None,
+        residual: Tensor | None,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        x = x.transpose(1, 2).contiguous()  # (B, T, C); nothing is copied if it lies so
+        rows, steps, channels = x.shape
+        film = film if film is None or film.stride(-1) == 1 else film.contiguous()
+        scales, size = film is not None and film.shape[1] == 2 * channels, channels // groups
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        around = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(1))
+        shift = x if film is None else film[:, -channels:]
+        _block_kernel[rows, groups](
+            x, weight, bias, x if film is None else film, shift, x if residual is None else residual, out,
+            steps, size, eps, 0 if film is None else film.stride(0), *around,
+            SCALES=scales, SHIFTS=film is not None, ADDS=residual is not None, **tile(steps, size),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, film)
+        ctx.groups, ctx.eps, ctx.residual = groups, eps, None if residual is None else residual.dtype
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, bias, film), gradient = ctx.saved_tensors, gradients[0]  # (B, T, C), ..., (B, C, T)
+        rows, steps, channels = x.shape
+        size = channels // ctx.groups
+        by_x, by_film = torch.empty_like(x), None if film is None else torch.empty_like(film)
+        by_affine = torch.empty((2, rows, channels), dtype=torch.float32, device=x.device)
+        scales = film is not None and film.shape[1] == 2 * channels
+        _block_backward_kernel[rows, ctx.groups](
+            x, weight, bias, x if film is None else film, gradient, by_x, by_affine,
+            by_affine if by_film is None else by_film, by_affine if by_film is None else by_film[:, -channels:],
+            steps, size, ctx.eps, 0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),
+            gradient.stride(0), gradient.stride(2), gradient.stride(1),
+            SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
+        )  # fmt: skip
+        by_weight, by_bias = by_affine.sum(1).to(weight.dtype)
+        by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
+        return by_x.transpose(1, 2), by_weight, by_bias, by_film, by_residual, None, None
+
+
+def tile(steps: int, size: int) -> dict[str, int]:
+    """Return what a program holds of a group, and how many warps share the work."""
+    held = {"STEPS": triton.next_power_of_2(steps), "CHANNELS": triton.next_power_of_2(size)}
+    return {**held, "num_warps": max(1, min(8, held["STEPS"] * held["CHANNELS"] // NUMBERS_A_WARP))}
+
+
+def takes(norm: nn.Module, steps: int) -> bool:
+    """Tell whether `normalise` can do what a norm does, over so many steps."""
+    if type(norm) is not nn.GroupNorm or norm.weight is None or norm.bias is None:
+        return False
+    held = tile(steps, norm.num_channels // norm.num_groups)
+    return held["STEPS"] * held["CHANNELS"] <= LARGEST
+
+
+def convolve(layer: nn.Conv1d, x: Tensor) -> Tensor:
+    """Do what a plain convolution does: (B, C, T) to (B, C', T')."""
+    return _Convolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+
+
+def convolve_transposed(layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    """Do what a plain transposed convolution does: (B, C, T) to (B, C', T')."""
+    return _TransposedConvolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+
+
+def normalise(norm: nn.GroupNorm, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Normalise x (B, C, T), Mish, FiLM (B, C or 2C), and add `residual` (B, C, T): float32, as under autocast."""
+    return _Block.apply(x, norm.weight, norm.bias, film, residual, norm.num_groups, norm.eps)

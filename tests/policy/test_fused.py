@@ -1,0 +1,154 @@
+"""The kernels for GPUs compute what PyTorch's layers do; without a GPU, Triton's interpreter runs them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from getiaction.policy import ConditionalUnet1d, convolution, unet
+from getiaction.policy.convolution import use_library
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here")
+def test_the_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-v", "-W", "ignore", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " 1 skipped" in done.stdout.splitlines()[-1], done.stdout
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the kernels, and let every layer use them."""
+    if not (ON_GPU or INTERPRETED):
+        pytest.skip("see test_the_kernels_in_the_interpreter")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    kernels = importlib.import_module("getiaction.policy.fused")
+
+    def find(layer: Any, x: Tensor) -> ModuleType | None:
+        return None if layer.by_library or x.ndim != 3 else kernels
+
+    if INTERPRETED:
+        monkeypatch.setattr(convolution, "kernels_for", find)
+        monkeypatch.setattr(unet, "kernels_for", find)
+    return kernels
+
+
+def drawn(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE).requires_grad_(grad)
+
+
+def gradients(result: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of a weighted sum of a result."""
+    return torch.autograd.grad((result.float() * drawn(*result.shape, grad=False)).sum(), inputs)
+
+
+def check(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], close: float = 1e-5) -> None:
+    """Compare two results, and their gradients, relative to the largest number."""
+    pairs = zip((found, *gradients(found, inputs)), (wanted, *gradients(wanted, inputs)), strict=True)
+    for number, (one, other) in enumerate(pairs):
+        assert one.shape == other.shape
+        apart = float((one - other).detach().abs().max() / other.detach().abs().max())
+        assert apart < close, f"number {number} is {apart:.1e} apart"
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "out", "steps", "kernel", "stride"),
+    [(2, 8, 16, 8, 5, 1), (3, 5, 7, 6, 3, 2), (2, 4, 6, 4, 1, 1), (1, 300, 20, 16, 5, 1), (1, 4, 4, 1, 3, 1)],
+)
+def test_convolutions(
+    fused: ModuleType, rows: int, channels: int, out: int, steps: int, kernel: int, stride: int
+) -> None:
+    layer = nn.Conv1d(channels, out, kernel, stride, kernel // 2).to(DEVICE)
+    x = drawn(rows, channels, steps)
+    check(fused.convolve(layer, x), layer(x), [x, *layer.parameters()])
+    lying = drawn(rows, steps, channels)
+    turned = lying.transpose(1, 2)
+    check(fused.convolve(layer, turned), layer(turned), [lying, *layer.parameters()])
+
+
+def test_convolutions_without_a_bias(fused: ModuleType) -> None:
+    layer, x = nn.Conv1d(4, 6, 3, padding=1, bias=False).to(DEVICE), drawn(2, 4, 8)
+    check(fused.convolve(layer, x), layer(x), [x, layer.weight])
+
+
+@pytest.mark.parametrize(("rows", "channels", "steps"), [(2, 8, 4), (1, 300, 8)])
+def test_transposed_convolutions(fused: ModuleType, rows: int, channels: int, steps: int) -> None:
+    layer, x = nn.ConvTranspose1d(channels, 6, 4, 2, 1).to(DEVICE), drawn(rows, channels, steps)
+    check(fused.convolve_transposed(layer, x), layer(x), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize(("rows", "channels", "steps"), [(1, 64, 4), (3, 96, 5), (2, 128, 16), (2, 32, 1)])
+@pytest.mark.parametrize("with_film", [0, 1, 2])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_what_lies_between(
+    fused: ModuleType, rows: int, channels: int, steps: int, with_film: int, with_residual: bool
+) -> None:
+    norm, x = nn.GroupNorm(8, channels).to(DEVICE), drawn(rows, channels, steps)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    film = drawn(rows, with_film * channels) if with_film else None
+    residual = drawn(rows, channels, steps) if with_residual else None
+    wanted = functional.mish(norm(x))
+    if film is not None:
+        parts = film[:, :, None].chunk(with_film, dim=1)
+        wanted = wanted * parts[0] + parts[1] if with_film == 2 else wanted + parts[0]
+    wanted = wanted if residual is None else wanted + residual
+    inputs = [one for one in (x, film, residual, *norm.parameters()) if one is not None]
+    check(fused.normalise(norm, x, film, residual), wanted, inputs)
+
+
+def test_mish_far_from_zero(fused: ModuleType) -> None:
+    norm, x = nn.GroupNorm(1, 1).to(DEVICE), drawn(1, 1, 16)
+    nn.init.constant_(norm.weight, 300.0)
+    found = fused.normalise(norm, x)
+    assert found.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(found, [x, *norm.parameters()]))
+    assert torch.allclose(found, functional.mish(norm(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize(("precision", "close"), [(None, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype | None, close: float) -> None:
+    torch.manual_seed(0)
+    network = ConditionalUnet1d(
+        action_dim=2, cond_dim=6, down_dims=(16, 32), n_groups=8, use_film_scale_modulation=scales
+    ).to(DEVICE)
+    noisy, cond = drawn(3, 8, 2), drawn(3, 6)
+    times = torch.tensor([0, 5, 90], device=DEVICE)
+    inputs = [noisy, cond, *network.parameters()]
+
+    def run() -> Tensor:
+        with torch.autocast(DEVICE, precision, enabled=precision is not None):
+            return network(noisy, times, cond)
+
+    found = run()
+    found_gradients = gradients(found, inputs)
+    use_library(network)
+    wanted = run()
+    wanted_gradients = gradients(wanted, inputs)
+    largest = max(float(one.abs().max()) for one in wanted_gradients)
+    assert float((found - wanted).detach().abs().max()) < close
+    for one, other in zip(found_gradients, wanted_gradients, strict=True):
+        assert float((one - other).abs().max()) < close * largest
+
+
+def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
+    assert fused.takes(nn.GroupNorm(8, 2048), 16)
+    assert not fused.takes(nn.GroupNorm(1, 2048), 16)
+    assert not fused.takes(nn.GroupNorm(8, 64, affine=False), 16)
