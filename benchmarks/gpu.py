@@ -40,7 +40,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "channels_first": ("hardware.channels_last=false",),
     "compiled": ("hardware.compile=true",),
     "compiled_channels_first": ("hardware.compile=true", "hardware.channels_last=false"),
-    "compiled_cuda_graphs": ("hardware.compile=true", "hardware.compile_mode=reduce-overhead"),
+    "plain_launches": ("hardware.cuda_graphs=false",),
+    "library": ("hardware.convolutions=library",),
 }
 WARM = 0.3  # share of the steps that are left out of a rate
 QUIET = ["validation.every=null", "validation.max_samples=1", "validation.max_sampled=0", "training.save_every=null"]
@@ -54,6 +55,7 @@ class Bench:
     small: bool
     pictures: str | None
     folder: Path
+    keep: Path | None = None
 
     def steps(self, count: int) -> int:
         """Return how many steps to take: few in a rehearsal."""
@@ -101,6 +103,34 @@ def parity(bench: Bench) -> dict[str, float]:
     largest = max(float(one.abs().max()) for one in gradients[0])
     gap = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
     return {"loss_cpu": losses[0], "loss_gap": abs(losses[0] - losses[1]), "gradient_gap": gap / largest}
+
+
+def updates(bench: Bench) -> dict[str, Any]:
+    """Train on keypoints with steps replayed as CUDA graphs, and without: the same losses and weights.
+
+    cuDNN's choice of kernels is fixed, and products are float32's.
+    """
+    from getiaction.config.run import build_trainer, start_accelerator
+    from getiaction.config.sources import find_data
+
+    found: dict[str, Any] = {}
+    weights, losses = {}, {}
+    for name in ("plain", "replayed"):
+        replays = f"hardware.cuda_graphs={str(name == 'replayed').lower()}"
+        short = ["+preset=pusht_laptop", f"hardware.device={bench.device}", replays, "hardware.tf32=false", *QUIET]
+        short += ["hardware.mixed_precision=no", "training.max_steps=12", "training.log_every=1"]
+        config, folder = compose([*short, "evaluation.final_episodes=null"]), bench.folder / f"updates_{name}"
+        folder.mkdir()
+        trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        trainer.fit()
+        found[f"{name}_is_a_graph"] = trainer.update.replay is not None and trainer.update.replay.captured
+        weights[name] = {key: value.cpu() for key, value in trainer.policy.state_dict().items()}
+        losses[name] = [line["loss"] for line in read_metrics(folder) if "loss" in line]
+    torch.backends.cudnn.deterministic = False
+    apart = [float((weights["plain"][key] - value).abs().max()) for key, value in weights["replayed"].items()]
+    gaps = [abs(one - other) for one, other in zip(losses["plain"], losses["replayed"], strict=True)]
+    return {**found, "largest_loss_gap": max(gaps), "largest_weight_gap": max(apart), "losses": losses["plain"]}
 
 
 def precisions(bench: Bench) -> dict[str, Any]:
@@ -202,8 +232,8 @@ def compute(bench: Bench) -> dict[str, Any]:
     wanted = (
         [("pusht_fast", 2)] if bench.small else [(p, b) for p in ("pusht_basic", "pusht_advanced") for b in (64, 256)]
     )
-    rounds, steps = (2, 1) if bench.small else (7, 20)
-    more = {"data": data, "device": bench.device, "rounds": rounds, "steps": steps, "compiled": not bench.small}
+    rounds, steps = (2, 1) if bench.small else (5, 10)
+    more: dict[str, Any] = {"data": data, "device": bench.device, "rounds": rounds, "steps": steps, "compiled": False}
     return {f"{preset}, {batch}": measure(preset, batch, **more) for preset, batch in wanted}
 
 
@@ -217,12 +247,66 @@ def chunks(bench: Bench) -> dict[str, Any]:
     return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}
 
 
-def graphs(bench: Bench) -> dict[str, Any]:
-    """Replay a whole action chunk as one CUDA graph, beside the plain calls: `benchmarks.graphs`."""
-    from benchmarks.graphs import PRESETS, measure
+def busy(bench: Bench) -> dict[str, Any]:
+    """Measure which share of a training step the GPU computes: the kernels' time, of the time between steps."""
+    from torch.profiler import ProfilerActivity, profile
 
-    wanted = PRESETS[:1] if bench.small else PRESETS
-    return {preset: measure(preset, bench.device, 2 if bench.small else 20) for preset in wanted}
+    from getiaction.config.run import build_trainer, start_accelerator
+    from getiaction.config.sources import find_data
+
+    wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
+    pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
+    data = {"pusht_pictures": [], "pusht_basic": [*pictures, "dataset.episodes=[0,1,2,3]"]}
+    steps, found = bench.steps(60), {}
+    for preset, more in list(data.items())[: 1 if bench.small else None]:
+        short = [f"+preset={preset}", *more, f"hardware.device={bench.device}", "hardware.mixed_precision=no", *QUIET]
+        config, folder = compose([*short, "evaluation.final_episodes=null"]), bench.folder / f"busy_{preset}"
+        trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
+        trainer.model.train()
+        coming = trainer.batches.iterate(0, steps + 12)
+
+        def take(count: int, trainer: Any = trainer, coming: Any = coming) -> float:
+            wait()
+            begin = time.perf_counter()
+            for _ in range(count):
+                trainer._optimise(next(coming))
+            wait()
+            return (time.perf_counter() - begin) * 1e3 / count
+
+        take(8)
+        wall = take(steps)
+        with profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU]) as seen:
+            take(3)
+        kernels = sum(one.device_time_total for one in seen.key_averages()) / 3e3
+        found[preset] = {"step_ms": round(wall, 3), "kernels_ms": round(kernels, 3), "busy": round(kernels / wall, 3)}
+    return found
+
+
+def end_to_end(bench: Bench) -> dict[str, Any]:
+    """Train `pusht_basic` beside `lerobot-train`, each with its own process and loader: `benchmarks.train`."""
+    from benchmarks.train import compare
+
+    if not bench.pictures:
+        return {"skipped": "name PushT's dataset with --pictures"}
+    how = {"steps": 4 if bench.small else 30, "rounds": 1, "workers": 4, "threads": torch.get_num_threads()}
+    return compare("pusht_basic", Path(bench.pictures).resolve(), "no", argparse.Namespace(**how))
+
+
+def record(bench: Bench) -> dict[str, Any]:
+    """Train the time-to-quality record's recipe; its policy stays in the folder of `--keep`: `benchmarks.record`."""
+    from benchmarks.keep import training_seconds
+    from benchmarks.record import RECIPE, SMALL, compile_seconds
+    from getiaction.train import train
+
+    folder = (bench.keep or bench.folder) / "record"
+    folder.mkdir(parents=True)
+    more = [*(SMALL if bench.small else []), f"hardware.device={bench.device}"]
+    begin = time.perf_counter()
+    train(compose([*RECIPE, *more, f"output_dir={folder}"]), folder)
+    wall, lines = time.perf_counter() - begin, read_metrics(folder)
+    seconds = training_seconds(lines)
+    compiling = compile_seconds(lines, seconds)
+    return {"training_seconds": seconds, "of_which_compiling": compiling, "wall_seconds": wall, "metrics": lines}
 
 
 def out_of_memory(bench: Bench) -> dict[str, Any]:
@@ -237,13 +321,16 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
 
 SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     parity,
+    updates,
+    record,
+    chunks,
+    end_to_end,
+    compute,
+    busy,
     precisions,
     rows,
     resumed,
     evaluation,
-    compute,
-    chunks,
-    graphs,
     presets,
     ways,
     out_of_memory,
@@ -255,6 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--pictures", help="a frame cache of PushT, for a machine that cannot decode videos")
+    parser.add_argument("--keep", type=Path, help="where the record's run stays, to evaluate it elsewhere")
     parser.add_argument("--small", action="store_true", help="a rehearsal: few steps, small batches")
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument(
@@ -264,7 +352,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": describe_machine(torch.device(arguments.device)), "small": arguments.small}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder))
+        bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder), arguments.keep)
         for section in [one for one in SECTIONS if one.__name__ in arguments.sections]:
             begin = time.perf_counter()
             try:

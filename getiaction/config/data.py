@@ -86,7 +86,7 @@ def build_batches(
         share,
         crop_is_random=bool(config.backbone.get("crop_is_random")),
         observation_noise=noise_of(policy, training.observation_noise),
-        prefetch=not resident,
+        prefetch=not resident or accelerator.device.type == "cuda",  # its kernels take long to launch
     )
     if not val_indices:
         return batches, None

@@ -47,12 +47,12 @@ from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
-from getiaction.training.gradients import can_replay
 from getiaction.training.heap import keep_freed_memory
 from getiaction.training.loop import Plan, Trainer, check_resumable, resume
 from getiaction.training.memory_order import update_in_memory_order
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.ranks import Ranks, Watchdog, from_main
+from getiaction.training.update import can_replay
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def announce(trainer: Trainer, mixture: Mixture, episodes: Episodes, scale_lr: s
     share, device = batches.share, batches.gatherer.device
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
     epochs = plan.max_steps * share.global_batch_size / plan.epoch_samples
-    where = "memory-mapped on the host" if batches.prefetch else f"on {device}"
+    where = "memory-mapped on the host" if batches.gatherer.mapped else f"on {device}"
     sees = ", ".join(policy.features.observation_keys)
     log.info("policy: %.1f M parameters, sees %s", parameters, sees)
     log.info(

@@ -114,10 +114,12 @@ class TrainingBatches:
         return batches
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if the data stay on the host."""
+        """Yield `step(s)` for s in [start, stop), gathering ahead in a thread if `prefetch`."""
+        plainly = (self.step(step) for step in range(start, stop))
         if not self.prefetch:
-            return (self.step(step) for step in range(start, stop))
-        return prefetched(self._read_ahead(start, stop), PREFETCH, self.gatherer.device)
+            return plainly
+        ahead = self._read_ahead(start, stop) if self.gatherer.mapped else plainly
+        return prefetched(ahead, PREFETCH, self.gatherer.device)
 
     def _read_ahead(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield `step(s)` for s in [start, stop), while the disk is already busy with the steps after it."""

@@ -72,9 +72,10 @@ def _mish(y):
 
 @triton.jit
 def _block_kernel(
-    x, weight, bias, scale, shift, residual, out, steps, size, eps,
+    x, start, weight, bias, scale, shift, residual, out, steps, size, eps,
     film_row, residual_row, residual_step, residual_channel,
-    SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    STARTS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
+    STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
     step, inside = tl.arange(0, STEPS)[:, None], tl.arange(0, CHANNELS)[None, :]
@@ -84,6 +85,8 @@ def _block_kernel(
     place = (row * steps + step) * channels + channel
 
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    if STARTS:
+        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
     count = steps * size
     mean = tl.sum(tl.sum(value, 1), 0) / count
     centred = tl.where(mask, value - mean, 0.0)
@@ -102,10 +105,10 @@ def _block_kernel(
 
 @triton.jit
 def _block_backward_kernel(
-    x, weight, bias, scale, gradient, by_x, by_affine, by_scale, by_shift,
+    x, start, weight, bias, scale, gradient, by_x, by_affine, by_scale, by_shift,
     steps, size, eps, film_row, by_film_row,
     gradient_row, gradient_step, gradient_channel,
-    SCALES: tl.constexpr, SHIFTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    STARTS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
     rows = tl.num_programs(0)
@@ -120,6 +123,8 @@ def _block_backward_kernel(
     film = row * by_film_row + group * size + alone
 
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    if STARTS:
+        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
     count = steps * size
     mean = tl.sum(tl.sum(value, 1), 0) / count
     centred = tl.where(mask, value - mean, 0.0)
@@ -142,7 +147,9 @@ def _block_backward_kernel(
     found *= gain
     average = tl.sum(tl.sum(found, 1), 0) / count
     along = tl.sum(tl.sum(found * normal, 1), 0) / count
-    result = rate * (found - average - normal * along)
+    result = tl.where(mask, rate * (found - average - normal * along), 0.0)
+    if STARTS:
+        tl.store(by_affine + 2 * rows * channels + each, tl.sum(result, 0), mask=kept)
     tl.store(by_x + place, result.to(by_x.dtype.element_ty), mask=mask)
 
 
@@ -249,7 +256,7 @@ class _TransposedConvolution(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """Normalise groups of x (B, C, T), Mish, times `film`'s scales (B, C), plus its shifts, plus `residual`.
+    """Add `start` (C,) to x (B, C, T), normalise groups, Mish, times `film`'s scales, plus its shifts, plus `residual`.
 
     The result is float32. `film` is (B, C) shifts, (B, 2C) scales and shifts, or None.
     """
@@ -258,6 +265,7 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        start: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         film: Tensor | None,
@@ -273,32 +281,34 @@ class _Block(torch.autograd.Function):
         around = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(1))
         shift = x if film is None else film[:, -channels:]
         _block_kernel[rows, groups](
-            x, weight, bias, x if film is None else film, shift, x if residual is None else residual, out,
+            x, x if start is None else start, weight, bias, x if film is None else film, shift,
+            x if residual is None else residual, out,
             steps, size, eps, 0 if film is None else film.stride(0), *around,
-            SCALES=scales, SHIFTS=film is not None, ADDS=residual is not None, **tile(steps, size),
+            STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, ADDS=residual is not None,
+            **tile(steps, size),
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, film)
+        ctx.save_for_backward(x, start, weight, bias, film)
         ctx.groups, ctx.eps, ctx.residual = groups, eps, None if residual is None else residual.dtype
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, bias, film), gradient = ctx.saved_tensors, gradients[0]  # (B, T, C), ..., (B, C, T)
+        (x, start, weight, bias, film), gradient = ctx.saved_tensors, gradients[0]  # (B, T, C), ..., (B, C, T)
         rows, steps, channels = x.shape
         size = channels // ctx.groups
         by_x, by_film = torch.empty_like(x), None if film is None else torch.empty_like(film)
-        by_affine = torch.empty((2, rows, channels), dtype=torch.float32, device=x.device)
+        by_affine = torch.empty((2 if start is None else 3, rows, channels), dtype=torch.float32, device=x.device)
         scales = film is not None and film.shape[1] == 2 * channels
         _block_backward_kernel[rows, ctx.groups](
-            x, weight, bias, x if film is None else film, gradient, by_x, by_affine,
+            x, x if start is None else start, weight, bias, x if film is None else film, gradient, by_x, by_affine,
             by_affine if by_film is None else by_film, by_affine if by_film is None else by_film[:, -channels:],
             steps, size, ctx.eps, 0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),
             gradient.stride(0), gradient.stride(2), gradient.stride(1),
-            SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
+            STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
         )  # fmt: skip
-        by_weight, by_bias = by_affine.sum(1).to(weight.dtype)
+        by_weight, by_bias, *by_start = by_affine.sum(1).to(weight.dtype)
         by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
-        return by_x.transpose(1, 2), by_weight, by_bias, by_film, by_residual, None, None
+        return by_x.transpose(1, 2), *(by_start or [None]), by_weight, by_bias, by_film, by_residual, None, None
 
 
 def tile(steps: int, size: int) -> dict[str, int]:
@@ -307,9 +317,9 @@ def tile(steps: int, size: int) -> dict[str, int]:
     return {**held, "num_warps": max(1, min(8, held["STEPS"] * held["CHANNELS"] // NUMBERS_A_WARP))}
 
 
-def takes(norm: nn.Module, steps: int) -> bool:
-    """Tell whether `normalise` can do what a norm does, over so many steps."""
-    if type(norm) is not nn.GroupNorm or norm.weight is None or norm.bias is None:
+def takes(norm: nn.GroupNorm, steps: int) -> bool:
+    """Tell whether `convolve_and_normalise` can do what a norm does, over so many steps."""
+    if norm.weight is None or norm.bias is None:
         return False
     held = tile(steps, norm.num_channels // norm.num_groups)
     return held["STEPS"] * held["CHANNELS"] <= LARGEST
@@ -325,6 +335,9 @@ def convolve_transposed(layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     return _TransposedConvolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
 
 
-def normalise(norm: nn.GroupNorm, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """Normalise x (B, C, T), Mish, FiLM (B, C or 2C), and add `residual` (B, C, T): float32, as under autocast."""
-    return _Block.apply(x, norm.weight, norm.bias, film, residual, norm.num_groups, norm.eps)
+def convolve_and_normalise(
+    layer: nn.Conv1d, norm: nn.GroupNorm, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Convolve x (B, C, T), normalise, Mish, FiLM (B, C' or 2C'), add `residual` (B, C', T'): float32, (B, C', T')."""
+    hidden = _Convolution.apply(x, layer.weight, None, layer.stride[0], int(layer.padding[0]))
+    return _Block.apply(hidden, layer.bias, norm.weight, norm.bias, film, residual, norm.num_groups, norm.eps)

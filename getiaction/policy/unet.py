@@ -60,9 +60,10 @@ class ConvBlock(nn.Module):
             film: shifts (B, C'), or scales and shifts (B, 2C').
             residual: (B, C', T).
         """
-        convolution, norm, _ = self.block
-        if (fused := kernels_for(self, x)) is not None and fused.takes(norm, x.shape[-1]):
-            return fused.normalise(norm, convolution(x), film, residual)
+        if (fused := kernels_for(self, x)) is not None and self._is_plain():
+            convolution, norm, _ = self.block
+            if fused.takes(norm, x.shape[-1]):
+                return fused.convolve_and_normalise(convolution, norm, x, film, residual)
         hidden = self.block(x)
         if film is not None:
             film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
@@ -72,6 +73,12 @@ class ConvBlock(nn.Module):
                 scale, bias = film.chunk(2, dim=1)
                 hidden = scale * hidden + bias
         return hidden if residual is None else hidden + residual
+
+    def _is_plain(self) -> bool:
+        """Tell whether the layers are what they were made as, and nobody listens to them."""
+        if [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
+            return False
+        return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self.block, *self.block))
 
 
 class ResidualBlock(nn.Module):

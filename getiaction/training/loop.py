@@ -26,9 +26,9 @@ from getiaction.signals import stop_on_signals
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock
 from getiaction.training.ema import Ema
-from getiaction.training.gradients import Gradients, Part
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
+from getiaction.training.update import Part, Update
 from getiaction.training.validation import Validator, draw_noise, evaluating
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Trainer:
         evaluate: rolls a policy out, given the step, whether it is the last, and what tells whether to stop, when it
             returns None; None if nothing is rolled out.
         keep_best: keep the policy with the best score as well.
-        replays: as `Gradients` takes it.
+        replays: as `Update` takes it.
     """
 
     accelerator: Accelerator
@@ -94,8 +94,9 @@ class Trainer:
     replays: bool = False
 
     def __post_init__(self) -> None:
-        """Bind the parts that compute gradients."""
-        self.gradients = Gradients(self.accelerator, self.model, self.plan.max_grad_norm, replays=self.replays)
+        """Put together what takes a step."""
+        limit = self.plan.max_grad_norm
+        self.update = Update(self.accelerator, self.model, self.optimizer, limit, replays=self.replays)
 
     @property
     def best(self) -> DiffusionPolicy:
@@ -146,10 +147,8 @@ class Trainer:
             Part(batch, to_device(noise[rows], device), to_device(timesteps[rows], device))
             for batch, rows in zip(batches, share.slices(draws), strict=True)
         ]
-        loss = self.gradients(parts, weights)
-        self.optimizer.step()
+        loss = self.update(parts, weights)
         self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.policy, self.step)
         self.unread.append(loss.reshape(1))

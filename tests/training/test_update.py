@@ -30,6 +30,9 @@ def losses(folder: Path) -> list[float]:
         ("hardware.mixed_precision=bf16",),
         ("hardware.mixed_precision=fp16",),
         ("unet.gradient_checkpointing=true",),
+        ("optimizer.fused=false",),
+        ("hardware.convolutions=library",),
+        ("hardware.data_placement=host",),
     ],
 )
 def test_replayed_steps_are_the_plain_ones(tiny: Any, helpers: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
@@ -39,7 +42,7 @@ def test_replayed_steps_are_the_plain_ones(tiny: Any, helpers: Any, tmp_path: Pa
     for name, replays in {"replayed": "true", "plain": "false"}.items():
         trainer = tiny.trainer(tmp_path / name, *ON_GPU, *overrides, f"hardware.cuda_graphs={replays}")
         trainer.fit()
-        kept = trainer.gradients._replay
+        kept = trainer.update.replay
         assert (kept is not None and kept.captured) is (name == "replayed" and not plain_only)
         weights[name] = {key: value.cpu() for key, value in trainer.policy.state_dict().items()}
     assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
@@ -50,4 +53,4 @@ def test_replayed_steps_are_the_plain_ones(tiny: Any, helpers: Any, tmp_path: Pa
 def test_a_cpu_replays_nothing(tiny: Any, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, "training.max_steps=4")
     trainer.fit()
-    assert trainer.gradients._replay is None
+    assert trainer.update.replay is None

@@ -1,0 +1,148 @@
+"""Take an optimiser step: operation by operation, or by replaying a CUDA graph of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from getiaction.data.gather import Batch
+from getiaction.policy.replay import Replay
+
+
+@dataclass(frozen=True)
+class Part:
+    """Hold what this process makes of one micro-batch.
+
+    Args:
+        batch: as `DiffusionPolicy.forward` takes it.
+        noise: (B K, T, Da).
+        timesteps: (B K,).
+    """
+
+    batch: Batch
+    noise: Tensor
+    timesteps: Tensor
+
+    def flat(self) -> list[Tensor]:
+        """Return all tensors, the batch's first."""
+        return [*self.batch.values(), self.noise, self.timesteps]
+
+
+class Update:
+    """Compute a step's loss and gradients, clip them, and let the optimiser update the weights.
+
+    Args:
+        model: as Accelerate prepared it.
+        optimizer: the same.
+        max_norm: where to clip, or None.
+        replays: do it as a CUDA graph from the third step on, with the same sums; needs what `can_replay` asks for. A
+            fused Adam or AdamW is part of the graph; other optimisers step outside.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, *, replays: bool
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.max_norm, self.replays = max_norm, replays
+        self.replay: Replay | None = None
+        self._rates = Rates(optimizer.optimizer, accelerator.device) if replays else None
+        self._gradients: list[Tensor | None] = []  # where a graph leaves them
+
+    def __call__(self, parts: list[Part], weights: list[float]) -> Tensor:
+        """Return the loss, ().
+
+        Args:
+            weights: of the micro-batches in their mean.
+        """
+        if not self.replays or set(weights) != {1.0}:  # others change from step to step
+            loss = self._compute(parts, weights)
+            self.optimizer.step()
+        else:
+            loss = self._replay(parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _replay(self, parts: list[Part]) -> Tensor:
+        rates = self._rates
+        assert rates is not None
+        whole = rates.fit
+        if self.replay is None:
+            keys, count = list(parts[0].batch), len(parts)
+
+            def compute(*flat: Tensor) -> Tensor:
+                each = len(flat) // count
+                rows = [flat[first : first + each] for first in range(0, len(flat), each)]
+                regrouped = [Part(dict(zip(keys, row[:-2], strict=True)), row[-2], row[-1]) for row in rows]
+                loss = self._compute(regrouped, [1.0] * count)
+                if whole:
+                    with rates.on_device():
+                        self.optimizer.step()
+                return loss
+
+            self.replay = Replay(compute)
+        if whole:
+            rates.take_over()
+        loss = self.replay(*(tensor for part in parts for tensor in part.flat()))
+        if not whole:
+            if self.replay.captured:
+                self._gradients = self._gradients or [weight.grad for weight in self.model.parameters()]
+                for weight, gradient in zip(self.model.parameters(), self._gradients, strict=True):
+                    weight.grad = gradient
+            self.optimizer.step()
+        return loss
+
+    def _compute(self, parts: list[Part], weights: list[float]) -> Tensor:
+        total: Tensor | None = None
+        self.model.zero_grad(set_to_none=True)
+        for part, weight in zip(parts, weights, strict=True):
+            is_last = part is parts[-1]
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = self.model(part.batch, part.noise, part.timesteps) * (weight / len(parts))
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        if self.max_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        assert total is not None
+        return total
+
+
+class Rates:
+    """Keep an optimiser's learning rates on the device, where a CUDA graph reads them."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._groups = optimizer.param_groups
+        self.fit = isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in self._groups)
+        self._held = [float("nan")] * len(self._groups)
+        self._rates = [torch.zeros((), device=device) for _ in self._groups]
+
+    def take_over(self) -> None:
+        """Bring the rates that a schedule has set to the device."""
+        for number, (group, rate) in enumerate(zip(self._groups, self._rates, strict=True)):
+            if self._held[number] != group["lr"]:
+                rate.fill_(group["lr"])
+                self._held[number] = group["lr"]
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Let the optimiser read them there."""
+        before = [(group["lr"], group.get("capturable", False)) for group in self._groups]
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            yield
+        finally:
+            for group, (rate, capturable) in zip(self._groups, before, strict=True):
+                group.update(lr=rate, capturable=capturable)
+
+
+def can_replay(accelerator: Accelerator) -> bool:
+    """Tell whether a step can be a CUDA graph: on one GPU, without a gradient scaler, which looks at the gradients."""
+    alone = accelerator.num_processes == 1 and accelerator.scaler is None
+    return alone and accelerator.device.type == "cuda" and torch.cuda.is_available()
