@@ -82,7 +82,7 @@ class Update:
                 regrouped = [Part(dict(zip(keys, row[:-2], strict=True)), row[-2], row[-1]) for row in rows]
                 loss = self._compute(regrouped, [1.0] * count)
                 if whole:
-                    with rates.on_device():
+                    with rates.on_device() if torch.cuda.is_current_stream_capturing() else contextlib.nullcontext():
                         self.optimizer.step()
                 return loss
 
