@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "plain_launches": ("hardware.cuda_graphs=false",),
     "library": ("hardware.convolutions=library",),
 }
+LIMIT = 120  # seconds of a section: the device is there for minutes
 WARM = 0.3  # share of the steps that are left out of a rate
 QUIET = ["validation.every=null", "validation.max_samples=1", "validation.max_sampled=0", "training.save_every=null"]
 
@@ -337,6 +339,11 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
 )
 
 
+def give_up(*_: object) -> None:
+    """End a section that takes too long."""
+    raise TimeoutError("this section took longer than --limit")
+
+
 def main() -> None:
     """Run all sections and write what they found, after each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -348,19 +355,23 @@ def main() -> None:
     parser.add_argument(
         "--sections", nargs="*", choices=names, default=names, help="`rows` and `evaluation` use `precisions`"
     )
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds after which a section is given up")
     parser.add_argument("--result", type=Path, required=True)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGALRM, give_up)
     result: dict[str, Any] = {"machine": describe_machine(torch.device(arguments.device)), "small": arguments.small}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder), arguments.keep)
         for section in [one for one in SECTIONS if one.__name__ in arguments.sections]:
             begin = time.perf_counter()
+            signal.alarm(0 if arguments.small else arguments.limit)
             try:
                 found = section(bench)
             except subprocess.CalledProcessError as error:
                 found = {"failed": error.cmd, "stderr": error.stderr.splitlines()[-12:]}
-            except Exception:  # the device is there for minutes: the other sections go on
+            except Exception:  # the other sections go on
                 found = {"failed": traceback.format_exc().splitlines()[-6:]}
+            signal.alarm(0)
             result[section.__name__] = found | {"section_seconds": round(time.perf_counter() - begin, 1)}
             print(section.__name__, json.dumps(result[section.__name__]), flush=True)
             arguments.result.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """The U-Net's layers on a CUDA GPU: convolutions as matrix products, and what lies between them as one kernel.
 
 Where hundreds of channels meet a handful of places, cuDNN's convolutions along time take up to ten times as long as the
@@ -16,141 +15,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor, nn
+
+from getiaction.policy.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
 
 BLOCK = 1024  # numbers that a program copies
 LARGEST = 16384  # numbers of a group that a program holds
 NUMBERS_A_WARP = 256
-
-
-@triton.jit
-def _unfold_kernel(
-    x, out, steps, out_steps, width, x_row, x_step, x_channel,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    window = tl.program_id(0).to(tl.int64)
-    row, first = window // out_steps, (window % out_steps) * STRIDE - PADDING
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # in (C, k)
-    step, channel = first + place % KERNEL, place // KERNEL
-    inside = (place < width) & (step >= 0) & (step < steps)
-    value = tl.load(x + row * x_row + step * x_step + channel * x_channel, mask=inside, other=0.0)
-    tl.store(out + window * width + place, value.to(out.dtype.element_ty), mask=place < width)
-
-
-@triton.jit
-def _fold_kernel(
-    windows, bias, out, steps, window_steps, channels,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    row, step = place // steps, place % steps
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = channel < channels
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tap in tl.static_range(KERNEL):
-        shifted = step + PADDING - tap
-        window = shifted // STRIDE
-        inside = (shifted >= 0) & (shifted % STRIDE == 0) & (window < window_steps)
-        source = windows + ((row * window_steps + window) * channels + channel) * KERNEL + tap
-        total += tl.load(source, mask=known & inside, other=0.0).to(tl.float32)
-    if BIASED:
-        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    tl.store(out + place * channels + channel, total.to(out.dtype.element_ty), mask=known)
-
-
-@triton.jit
-def _mish(y):
-    """Return Mish and its slope: with s = sigmoid(y) and r = sigmoid(-y), as in `activation.py`."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-y))
-    rest = 1.0 / (1.0 + tl.exp(y))
-    divisor = 1.0 + rest * rest
-    gate = sigmoid * (1.0 + rest) / divisor
-    share = rest / divisor
-    return y * gate, gate + 4.0 * y * sigmoid * share * share
-
-
-@triton.jit
-def _block_kernel(
-    x, start, weight, bias, scale, shift, residual, out, steps, size, eps,
-    film_row, residual_row, residual_step, residual_channel,
-    STARTS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, ADDS: tl.constexpr,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
-    step, inside = tl.arange(0, STEPS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    known = inside < size
-    mask = (step < steps) & known
-    channel = group * size + inside
-    place = (row * steps + step) * channels + channel
-
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    if STARTS:
-        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
-    count = steps * size
-    mean = tl.sum(tl.sum(value, 1), 0) / count
-    centred = tl.where(mask, value - mean, 0.0)
-    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
-    gain, offset = tl.load(weight + channel, mask=known, other=0.0), tl.load(bias + channel, mask=known, other=0.0)
-    y, _ = _mish(centred * rate * gain.to(tl.float32) + offset.to(tl.float32))
-    if SCALES:
-        y *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
-    if SHIFTS:
-        y += tl.load(shift + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
-    if ADDS:
-        around = residual + row * residual_row + step * residual_step + channel * residual_channel
-        y += tl.load(around, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, y, mask=mask)
-
-
-@triton.jit
-def _block_backward_kernel(
-    x, start, weight, bias, scale, gradient, by_x, by_affine, by_scale, by_shift,
-    steps, size, eps, film_row, by_film_row,
-    gradient_row, gradient_step, gradient_channel,
-    STARTS: tl.constexpr, SCALES: tl.constexpr, SHIFTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
-    rows = tl.num_programs(0)
-    step, inside = tl.arange(0, STEPS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    known = inside < size
-    mask = (step < steps) & known
-    channel = group * size + inside
-    place = (row * steps + step) * channels + channel
-    # one number for each channel of this group
-    alone = tl.arange(0, CHANNELS)
-    kept, each = alone < size, row * channels + group * size + alone
-    film = row * by_film_row + group * size + alone
-
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    if STARTS:
-        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
-    count = steps * size
-    mean = tl.sum(tl.sum(value, 1), 0) / count
-    centred = tl.where(mask, value - mean, 0.0)
-    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
-    normal = centred * rate
-    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    y, slope = _mish(normal * gain + offset)
-
-    source = gradient + row * gradient_row + step * gradient_step + channel * gradient_channel
-    found = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    if SHIFTS:
-        tl.store(by_shift + film, tl.sum(found, 0).to(by_shift.dtype.element_ty), mask=kept)
-    if SCALES:
-        tl.store(by_scale + film, tl.sum(found * y, 0).to(by_scale.dtype.element_ty), mask=kept)
-        found *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
-    found *= slope
-    tl.store(by_affine + each, tl.sum(found * normal, 0), mask=kept)
-    tl.store(by_affine + rows * channels + each, tl.sum(found, 0), mask=kept)
-    found *= gain
-    average = tl.sum(tl.sum(found, 1), 0) / count
-    along = tl.sum(tl.sum(found * normal, 1), 0) / count
-    result = tl.where(mask, rate * (found - average - normal * along), 0.0)
-    if STARTS:
-        tl.store(by_affine + 2 * rows * channels + each, tl.sum(result, 0), mask=kept)
-    tl.store(by_x + place, result.to(by_x.dtype.element_ty), mask=mask)
 
 
 def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> Tensor:
@@ -163,7 +34,7 @@ def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype
     out = torch.empty((rows * out_steps, width), dtype=dtype, device=x.device)
     block = min(BLOCK, triton.next_power_of_2(width))
     grid = rows * out_steps, triton.cdiv(width, block)
-    _unfold_kernel[grid](
+    unfold_kernel[grid](
         x, out, steps, out_steps, width, x.stride(0), x.stride(2), x.stride(1),
         KERNEL=kernel, STRIDE=stride, PADDING=padding, BLOCK=block,
     )  # fmt: skip
@@ -186,7 +57,7 @@ def fold(
         return windows.view(rows, steps, channels).to(dtype).transpose(1, 2)
     out = torch.empty((rows, steps, channels), dtype=dtype, device=windows.device)
     block = min(BLOCK, triton.next_power_of_2(channels))
-    _fold_kernel[rows * steps, triton.cdiv(channels, block)](
+    fold_kernel[rows * steps, triton.cdiv(channels, block)](
         windows, bias if bias is not None else windows, out, steps, window_steps, channels,
         KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, BLOCK=block,
     )  # fmt: skip
@@ -280,7 +151,7 @@ class _Block(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         around = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(1))
         shift = x if film is None else film[:, -channels:]
-        _block_kernel[rows, groups](
+        block_kernel[rows, groups](
             x, x if start is None else start, weight, bias, x if film is None else film, shift,
             x if residual is None else residual, out,
             steps, size, eps, 0 if film is None else film.stride(0), *around,
@@ -299,7 +170,7 @@ class _Block(torch.autograd.Function):
         by_x, by_film = torch.empty_like(x), None if film is None else torch.empty_like(film)
         by_affine = torch.empty((2 if start is None else 3, rows, channels), dtype=torch.float32, device=x.device)
         scales = film is not None and film.shape[1] == 2 * channels
-        _block_backward_kernel[rows, ctx.groups](
+        block_backward_kernel[rows, ctx.groups](
             x, x if start is None else start, weight, bias, x if film is None else film, gradient, by_x, by_affine,
             by_affine if by_film is None else by_film, by_affine if by_film is None else by_film[:, -channels:],
             steps, size, ctx.eps, 0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),

@@ -29,7 +29,33 @@ def test_the_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", __file__, "-v", "-W", "ignore", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert " 1 skipped" in done.stdout.splitlines()[-1], done.stdout
+    assert " 2 skipped" in done.stdout.splitlines()[-1], done.stdout  # this one, and the next
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
+def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    """The compiler refuses things that the interpreter takes."""
+    pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
+    kernels = importlib.import_module("getiaction.policy.fused_kernels")
+    window = {"KERNEL": 5, "STRIDE": 1, "PADDING": 2, "BLOCK": 1024}
+    block = {"STARTS": True, "SCALES": True, "SHIFTS": True, "STEPS": 16, "CHANNELS": 64}
+    compile_kernel(kernels.unfold_kernel, ("x", "out"), window)
+    compile_kernel(kernels.fold_kernel, ("windows", "bias", "out"), window | {"BIASED": True})
+    forwards = ("x", "start", "weight", "bias", "scale", "shift", "residual", "out")
+    compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
+    backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
+    compile_kernel(kernels.block_backward_kernel, backwards, block)
+
+
+def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any]) -> None:
+    """Compile for Hopper, with float32 tensors."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(tensors, "*fp32") | {"eps": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 @pytest.fixture
@@ -134,15 +160,14 @@ def test_hooks_are_called(fused: ModuleType) -> None:
     assert called
 
 
-@pytest.mark.parametrize("scales", [True, False])
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize(("scales", "precision"), [(True, torch.bfloat16), (False, None)])
 def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype | None) -> None:
     torch.manual_seed(0)
     network = ConditionalUnet1d(
         action_dim=2, cond_dim=6, down_dims=(16, 32), n_groups=8, use_film_scale_modulation=scales
     ).to(DEVICE)
-    noisy, cond = drawn(3, 8, 2), drawn(3, 6)
-    times = torch.tensor([0, 5, 90], device=DEVICE)
+    noisy, cond = drawn(2, 4, 2), drawn(2, 6)
+    times = torch.tensor([5, 90], device=DEVICE)
     inputs = [noisy, cond, *network.parameters()]
 
     def run(precision: torch.dtype | None) -> list[Tensor]:
@@ -152,11 +177,14 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
 
     found = run(precision)
     use_library(network)
-    exact = run(None)
-    by_library = run(precision)
-    for number, (one, other, right) in enumerate(zip(found, by_library, exact, strict=True)):
-        rounding = float((other - right).norm() / right.norm())  # 0 in float32
-        assert float((one - right).norm() / right.norm()) < 1e-4 + 2 * rounding, number
+    exact, by_library = run(None), run(precision)
+    if precision is None:
+        for number, (one, right) in enumerate(zip(found, exact, strict=True)):
+            assert float((one - right).norm() / right.norm()) < 1e-4, number
+    else:  # as far from float32 as PyTorch's own, over all gradients
+        joined = [torch.cat([part.flatten() for part in parts[1:]]) for parts in (found, by_library, exact)]
+        assert 0 < float((joined[0] - joined[2]).norm()) < 2 * float((joined[1] - joined[2]).norm())
+        assert float((found[0] - exact[0]).norm()) < 2 * float((by_library[0] - exact[0]).norm())
 
 
 def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:

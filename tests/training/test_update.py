@@ -35,12 +35,16 @@ def losses(folder: Path) -> list[float]:
         ("hardware.data_placement=host",),
     ],
 )
-def test_replayed_steps_are_the_plain_ones(tiny: Any, helpers: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_replayed_steps_are_the_plain_ones(
+    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     overrides = [part for one in more for part in (helpers.WITH_PICTURES if one == "pictures" else (one,))]
     plain_only = {"hardware.mixed_precision=fp16", "policy.do_mask_loss_for_padding=true"} & {*more}
     weights = {}
     for name, replays in {"replayed": "true", "plain": "false"}.items():
         trainer = tiny.trainer(tmp_path / name, *ON_GPU, *overrides, f"hardware.cuda_graphs={replays}")
+        torch.backends.cudnn.benchmark = False  # which would choose other kernels for each
         trainer.fit()
         kept = trainer.update.replay
         assert (kept is not None and kept.captured) is (name == "replayed" and not plain_only)
