@@ -6,6 +6,7 @@ Source: Chi et al., "Diffusion Policy", arXiv:2303.04137; DDPM: Ho et al., arXiv
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -195,11 +196,12 @@ class DiffusionPolicy(nn.Module):
 
         def make() -> Callable[..., Tensor]:
             times = known[0].to(self.device)  # a graph cannot copy them from the host
+            policy = weakref.proxy(self)
 
             def act(noise: Tensor, step_noise: Tensor, *seen: Tensor) -> Tensor:
-                prepared = self.prepare(dict(zip(self.features.observation_keys, seen, strict=True)))
-                cond = self.encode(self.normalizer(prepared))
-                return self.executed(self.sample(cond, noise, step_noise, steps, times))
+                prepared = policy.prepare(dict(zip(policy.features.observation_keys, seen, strict=True)))
+                cond = policy.encode(policy.normalizer(prepared))
+                return policy.executed(policy.sample(cond, noise, step_noise, steps, times))
 
             return act
 

@@ -34,10 +34,11 @@ def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype
     out = torch.empty((rows * out_steps, width), dtype=dtype, device=x.device)
     block = min(BLOCK, triton.next_power_of_2(width))
     grid = rows * out_steps, triton.cdiv(width, block)
-    unfold_kernel[grid](
-        x, out, steps, out_steps, width, x.stride(0), x.stride(2), x.stride(1),
-        KERNEL=kernel, STRIDE=stride, PADDING=padding, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        unfold_kernel[grid](
+            x, out, steps, out_steps, width, x.stride(0), x.stride(2), x.stride(1),
+            KERNEL=kernel, STRIDE=stride, PADDING=padding, BLOCK=block,
+        )  # fmt: skip
     return out
 
 
@@ -57,10 +58,11 @@ def fold(
         return windows.view(rows, steps, channels).to(dtype).transpose(1, 2)
     out = torch.empty((rows, steps, channels), dtype=dtype, device=windows.device)
     block = min(BLOCK, triton.next_power_of_2(channels))
-    fold_kernel[rows * steps, triton.cdiv(channels, block)](
-        windows, bias if bias is not None else windows, out, steps, window_steps, channels,
-        KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, BLOCK=block,
-    )  # fmt: skip
+    with torch.cuda.device_of(windows):
+        fold_kernel[rows * steps, triton.cdiv(channels, block)](
+            windows, bias if bias is not None else windows, out, steps, window_steps, channels,
+            KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, BLOCK=block,
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -151,13 +153,14 @@ class _Block(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         around = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(1))
         shift = x if film is None else film[:, -channels:]
-        block_kernel[rows, groups](
-            x, x if start is None else start, weight, bias, x if film is None else film, shift,
-            x if residual is None else residual, out,
-            steps, size, eps, 0 if film is None else film.stride(0), *around,
-            STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, ADDS=residual is not None,
-            **tile(steps, size),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            block_kernel[rows, groups](
+                x, x if start is None else start, weight, bias, x if film is None else film, shift,
+                x if residual is None else residual, out,
+                steps, size, eps, 0 if film is None else film.stride(0), *around,
+                STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, ADDS=residual is not None,
+                **tile(steps, size),
+            )  # fmt: skip
         ctx.save_for_backward(x, start, weight, bias, film)
         ctx.groups, ctx.eps, ctx.residual = groups, eps, None if residual is None else residual.dtype
         return out.transpose(1, 2)
@@ -170,13 +173,15 @@ class _Block(torch.autograd.Function):
         by_x, by_film = torch.empty_like(x), None if film is None else torch.empty_like(film)
         by_affine = torch.empty((2 if start is None else 3, rows, channels), dtype=torch.float32, device=x.device)
         scales = film is not None and film.shape[1] == 2 * channels
-        block_backward_kernel[rows, ctx.groups](
-            x, x if start is None else start, weight, bias, x if film is None else film, gradient, by_x, by_affine,
-            by_affine if by_film is None else by_film, by_affine if by_film is None else by_film[:, -channels:],
-            steps, size, ctx.eps, 0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),
-            gradient.stride(0), gradient.stride(2), gradient.stride(1),
-            STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            block_backward_kernel[rows, ctx.groups](
+                x, x if start is None else start, weight, bias, x if film is None else film, gradient, by_x, by_affine,
+                by_affine if by_film is None else by_film, by_affine if by_film is None else by_film[:, -channels:],
+                steps, size, ctx.eps,
+                0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),
+                gradient.stride(0), gradient.stride(2), gradient.stride(1),
+                STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
+            )  # fmt: skip
         by_weight, by_bias, *by_start = by_affine.sum(1).to(weight.dtype)
         by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
         return by_x.transpose(1, 2), *(by_start or [None]), by_weight, by_bias, by_film, by_residual, None, None

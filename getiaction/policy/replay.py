@@ -27,12 +27,14 @@ class Replay:
     Args:
         function: launches the same kernels at every call. It must not wait for the device, copy from the host, draw
             random numbers, or look at its inputs' values. Other tensors that it reads or writes must stay where they
-            lie; their values may change.
+            lie; their values may change. It should not hold what holds this object: a graph's memory would wait for
+            the garbage collector.
+        device: a GPU.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function, self._calls = function, 0
-        self._stream = torch.cuda.Stream()  # of all calls: autograd remembers which one a gradient comes from
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function, self._device, self._calls = function, device, 0
+        self._stream = torch.cuda.Stream(device)  # of all calls: autograd remembers which one a gradient comes from
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
         self._inputs: tuple[Tensor, ...] = ()
@@ -45,6 +47,10 @@ class Replay:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Return what the function makes of its inputs, whose shapes and types must be the same at every call."""
+        with torch.cuda.device(self._device):
+            return self._replay_or_call(inputs)
+
+    def _replay_or_call(self, inputs: tuple[Tensor, ...]) -> Tensor:
         if self._graph is None and self._calls >= WARM_UP and not self._refused:
             self._capture(inputs)
         self._calls += 1
@@ -67,6 +73,7 @@ class Replay:
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._inputs = tuple(one.clone() for one in inputs)
+        torch.clear_autocast_cache()  # its copies of weights end with the caller's autocast, a graph does not
         try:
             # other threads may allocate pinned memory meanwhile
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -77,6 +84,7 @@ class Replay:
             self._refused, self._inputs = True, ()
             reason = str(error).strip().splitlines()[0]
             log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
+        torch.clear_autocast_cache()  # and the graph's lie where it will write again
 
 
 class Replays:
@@ -113,11 +121,11 @@ class Replays:
                 self._held = Held(module)
             if self._held.watched():
                 return make()(*inputs)
-            here = torch.cuda.current_stream()
+            here = torch.cuda.current_stream(inputs[0].device)
             if self._done is not None:
                 here.wait_event(self._done)  # another stream may have been here
             if key not in self._kept:
-                self._kept[key] = Replay(make())
+                self._kept[key] = Replay(make(), inputs[0].device)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -158,7 +166,8 @@ def can_replay(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def rounding() -> tuple[Any, ...]:
-    """Return what else decides which kernels run: precision, and how cuDNN chooses."""
+    """Return what else decides which kernels run, and on what tensors: precision, and how cuDNN chooses."""
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision
-    return cast, *tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    return cast, *tf32, *cudnn, torch.is_inference_mode_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,19 +75,19 @@ class Update:
         assert rates is not None
         whole = rates.fit
         if self.replay is None:
-            keys, count = list(parts[0].batch), len(parts)
+            keys, count, here = list(parts[0].batch), len(parts), weakref.proxy(self)
 
             def compute(*flat: Tensor) -> Tensor:
                 each = len(flat) // count
                 rows = [flat[first : first + each] for first in range(0, len(flat), each)]
                 regrouped = [Part(dict(zip(keys, row[:-2], strict=True)), row[-2], row[-1]) for row in rows]
-                loss = self._compute(regrouped, [1.0] * count)
+                loss = here._compute(regrouped, [1.0] * count)
                 if whole:
                     with rates.on_device() if torch.cuda.is_current_stream_capturing() else contextlib.nullcontext():
-                        self.optimizer.step()
+                        here.optimizer.step()
                 return loss
 
-            self.replay = Replay(compute)
+            self.replay = Replay(compute, parts[0].noise.device)
         if whole:
             rates.take_over()
         loss = self.replay(*(tensor for part in parts for tensor in part.flat()))

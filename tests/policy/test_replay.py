@@ -131,7 +131,7 @@ def test_hooks_are_called(policy: DiffusionPolicy) -> None:
 
 @needs_gpu
 def test_a_function_that_waits_for_the_device_is_called_plainly(caplog: pytest.LogCaptureFixture) -> None:
-    replay = Replay(lambda x: x * float(x.max()))
+    replay = Replay(lambda x: x * float(x.max()), torch.device("cuda"))
     for number in range(1, CALLS + 1):
         assert replay(torch.full((2,), float(number), device="cuda")).tolist() == [number**2] * 2
     assert not replay.captured
