@@ -76,6 +76,8 @@ def memory_advice(config: Config, accelerator: Accelerator) -> str:
         remedies.append(f"backbone.resize_shape='[{smaller}]' backbone.crop_shape=null   # smaller pictures")
     if accelerator.device.type == "cuda":
         remedies.append("hardware.data_placement=host   # the data stay in the host's memory")
+        if config.hardware.cuda_graphs:
+            remedies.append("hardware.cuda_graphs=false   # a graph keeps a step's memory to itself")
     if accelerator.mixed_precision == "no":
         remedies.append("hardware.mixed_precision=auto   # half the memory for activations")
     lines = "\n  ".join(remedies)

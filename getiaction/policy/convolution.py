@@ -8,6 +8,7 @@ this is, and where: benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from getiaction.policy.taps import Pair, convolve_by_taps
 
+log = logging.getLogger(__name__)
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
 FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels for GPUs take
@@ -73,7 +75,8 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
-        if (fused := kernels_for(self, x)) is not None and is_plain(self) and output_size is None:
+        fused = kernels_for(self, x) if is_plain(self) and self.bias is not None else None
+        if fused is not None and output_size is None and self.output_padding == (0,):
             return fused.convolve_transposed(self, x)
         if x.ndim == 3:
             return super().forward(x, output_size)
@@ -114,19 +117,28 @@ def use_library(module: nn.Module) -> None:
 
 def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
     """Return the kernels in `fused.py` for a layer that sees x (B, C, T), or None where they do not run."""
-    if x.device.type != "cuda" or x.ndim != 3 or torch.compiler.is_compiling() or layer.by_library:
+    if x.device.type != "cuda" or x.ndim != 3 or not len(x) or torch.compiler.is_compiling() or layer.by_library:
         return None
     return find_kernels() if x.dtype in FUSED else None
 
 
 @cache
 def find_kernels() -> ModuleType | None:
-    """Import the kernels, which need Triton and a GPU of compute capability 7.0; or return None."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+    """Import the kernels and try one; return None where there is no Triton, or it cannot compile.
+
+    It needs GPUs of compute capability 7.0, a C compiler, Python's headers, and a folder to write to.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if any(torch.cuda.get_device_capability(number) < (7, 0) for number in range(torch.cuda.device_count())):
         return None
     try:
         from getiaction.policy import fused
-    except ImportError:
+
+        fused.unfold(torch.zeros(1, 1, 2, device="cuda"), kernel=3, stride=1, padding=1, dtype=torch.float32)
+    except Exception as error:  # whatever a compiler says
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("warning: Triton's kernels are not used, PyTorch's slower ones are, on this GPU: %s", reason)
         return None
     return fused
 

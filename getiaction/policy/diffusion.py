@@ -20,7 +20,7 @@ from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
-from getiaction.policy.replay import Replays, can_replay
+from getiaction.policy.replay import LOCK, Replays, can_replay
 from getiaction.policy.steps import Generators, Noise, draw_all, known_steps, start
 from getiaction.policy.unet import ConditionalUnet1d
 from getiaction.policy.unrolled import unroll
@@ -189,10 +189,7 @@ class DiffusionPolicy(nn.Module):
         known = known_steps(self.noise_scheduler, steps, self.prediction_type)
         if known is None or not can_replay(self, seen):
             return self.act_on(self.prepare(observations), noise=noise, generator=generator, num_inference_steps=steps)
-        if noise is None:
-            noise = self._draw(len(seen[0]), generator)
         noisy = sum(step.s != 0 for step in known[1])
-        step_noise = draw_all(noise, noisy, generator) if noisy else noise[:0]
 
         def make() -> Callable[..., Tensor]:
             times = known[0].to(self.device)  # a graph cannot copy them from the host
@@ -206,7 +203,10 @@ class DiffusionPolicy(nn.Module):
             return act
 
         kind = (self.noise_scheduler, steps, self.prediction_type, self.n_obs_steps, self.n_action_steps)
-        return self._replays(self, kind, make, (noise.to(self.device), step_noise, *seen))
+        with LOCK:
+            noise = self._draw(len(seen[0]), generator) if noise is None else noise.to(self.device)
+            step_noise = draw_all(noise, noisy, generator) if noisy else noise[:0]
+            return self._replays(self, kind, make, (noise, step_noise, *seen))
 
     def prepare(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Resize and centre-crop recorded pictures, as training batches already are; keep the policy's inputs only."""

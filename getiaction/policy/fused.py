@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from getiaction.policy.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
 
@@ -87,6 +88,7 @@ class _Convolution(torch.autograd.Function):
         return product.view(len(x), -1, len(weight)).transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], 1, 1, 0, weight.dtype)  # (B T', C')
@@ -115,6 +117,7 @@ class _TransposedConvolution(torch.autograd.Function):
         return fold(windows, len(x), steps, kernel, stride, padding, bias, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype)  # (B T, C' k)
@@ -166,6 +169,7 @@ class _Block(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, start, weight, bias, film), gradient = ctx.saved_tensors, gradients[0]  # (B, T, C), ..., (B, C, T)
         rows, steps, channels = x.shape

@@ -7,6 +7,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -15,9 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 log = logging.getLogger(__name__)
+# Nobody may draw from the device's generator, or wait for the device, while a graph is captured.
+LOCK = threading.RLock()
 WARM_UP = 2  # calls before the capture: cuDNN and cuBLAS choose, and allocate, what they need
+GLOBAL_HOOKS = (
+    hooks._global_forward_hooks,
+    hooks._global_forward_pre_hooks,
+    hooks._global_backward_hooks,
+    hooks._global_backward_pre_hooks,
+)
 KEPT = 4  # graphs of a policy, the ones used last; each holds the memory of its call
 
 
@@ -71,20 +81,47 @@ class Replay:
         return result
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         self._inputs = tuple(one.clone() for one in inputs)
-        torch.clear_autocast_cache()  # its copies of weights end with the caller's autocast, a graph does not
-        try:
+        refused, invalid = None, False
+        with LOCK, torch.cuda.stream(self._stream):
+            torch.clear_autocast_cache()  # its copies of weights end with the caller's autocast, a graph does not
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # the graph has its own memory
             # other threads may allocate pinned memory meanwhile
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
                 self._result = self._function(*self._inputs)
+            except RuntimeError as error:  # a layer of somebody else's that waits for the device, say
+                refused = error
+            finally:
+                try:
+                    graph.capture_end()
+                except RuntimeError as error:
+                    refused, invalid = refused or error, True
+                torch.clear_autocast_cache()  # the graph's copies lie where it will write again
+            if invalid:
+                forget(pool, self._device)
+        if refused is None:
             self._graph = graph
-        except RuntimeError as error:  # a layer of somebody else's that waits for the device, say
-            torch.cuda.set_stream(here)
-            self._refused, self._inputs = True, ()
-            reason = str(error).strip().splitlines()[0]
-            log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
-        torch.clear_autocast_cache()  # and the graph's lie where it will write again
+            return
+        self._refused, self._inputs, self._result = True, (), None
+        reason = (str(refused).strip().splitlines() or [type(refused).__name__])[0]
+        log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
+
+
+def forget(pool: Any, device: torch.device) -> None:
+    """Clean up after a capture that CUDA broke off, which PyTorch leaves as if it went on.
+
+    Its memory would stay reserved, and the device's random generator would refuse to draw until the next capture.
+    """
+    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with contextlib.suppress(RuntimeError):
+            end(device.index or 0, pool)
+    with contextlib.suppress(RuntimeError):
+        nothing, number = torch.cuda.CUDAGraph(), torch.zeros((), device=device)
+        with torch.cuda.graph(nothing, capture_error_mode="thread_local"):
+            number.add_(1)
 
 
 class Replays:
@@ -96,7 +133,6 @@ class Replays:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Replay] = OrderedDict()
         self._held: Held | None = None
-        self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
@@ -115,7 +151,7 @@ class Replays:
             make: makes the function, as `Replay` takes it.
         """
         key = (kind, rounding(), tuple((one.shape, one.dtype, one.device) for one in inputs))
-        with self._lock:  # a graph's inputs and results lie in one place
+        with LOCK:  # a graph's inputs and results lie in one place
             if self._held is None or not self._held.unchanged():
                 self._kept.clear()
                 self._held = Held(module)
@@ -135,27 +171,39 @@ class Replays:
 
 
 class Held:
-    """Remember a module's layers, and where their weights lie."""
+    """Remember which layers a module has, and where their weights lie; the module itself it does not hold."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
+        layers = list(module.modules())
+        self._layers = [(one._modules, name, id(child)) for one in layers for name, child in one._modules.items()]
         self._places = [
             (store, name, value.data_ptr())
-            for one in self._modules
+            for one in layers
             for store in (one._parameters, one._buffers)
             for name, value in store.items()
             if value is not None
         ]
+        self._hooks = [hooks for one in layers for hooks in hooks_of(one)]
 
     def unchanged(self) -> bool:
-        """Tell whether the weights lie where they did."""
-        return all(
+        """Tell whether all layers are what they were, and their weights lie where they did."""
+        return all(id(store.get(name)) == layer for store, name, layer in self._layers) and all(
             (value := store.get(name)) is not None and value.data_ptr() == place for store, name, place in self._places
         )
 
     def watched(self) -> bool:
         """Tell whether somebody listens to a layer, whom a replay would not call."""
-        return any(one._forward_hooks or one._forward_pre_hooks for one in self._modules)
+        return any(self._hooks) or any(GLOBAL_HOOKS)
+
+
+def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return the hooks that are called when a layer is, or its gradients are computed; they may change."""
+    return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+
+
+def is_watched(*layers: nn.Module) -> bool:
+    """Tell whether somebody listens to one of these layers."""
+    return any(GLOBAL_HOOKS) or any(any(hooks_of(layer)) for layer in layers)
 
 
 def can_replay(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
@@ -168,6 +216,6 @@ def can_replay(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
 def rounding() -> tuple[Any, ...]:
     """Return what else decides which kernels run, and on what tensors: precision, and how cuDNN chooses."""
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision
+    tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     return cast, *tf32, *cudnn, torch.is_inference_mode_enabled()

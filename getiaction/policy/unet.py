@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
 from getiaction.policy.convolution import Conv1d, ConvTranspose1d, kernels_for
+from getiaction.policy.replay import is_watched
 
 NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot
@@ -53,32 +55,18 @@ class ConvBlock(nn.Module):
             Mish(),
         )
 
-    def forward(self, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Map (B, C, T) to (B, C', T); then scale and shift, and add.
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, T) to (B, C', T)."""
+        fused = self.kernels(x)
+        return self.block(x) if fused is None else fused.convolve_and_normalise(self.block[0], self.block[1], x)
 
-        Args:
-            film: shifts (B, C'), or scales and shifts (B, 2C').
-            residual: (B, C', T).
-        """
-        if (fused := kernels_for(self, x)) is not None and self._is_plain():
-            convolution, norm, _ = self.block
-            if fused.takes(norm, x.shape[-1]):
-                return fused.convolve_and_normalise(convolution, norm, x, film, residual)
-        hidden = self.block(x)
-        if film is not None:
-            film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
-            if film.shape[1] == hidden.shape[1]:
-                hidden = hidden + film
-            else:
-                scale, bias = film.chunk(2, dim=1)
-                hidden = scale * hidden + bias
-        return hidden if residual is None else hidden + residual
-
-    def _is_plain(self) -> bool:
-        """Tell whether the layers are what they were made as, and nobody listens to them."""
-        if [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
-            return False
-        return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self.block, *self.block))
+    def kernels(self, x: Tensor) -> ModuleType | None:
+        """Return the kernels in `fused.py` where they do what the layers do: as they were made, and nobody listens."""
+        fused = kernels_for(self, x)
+        if fused is None or [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
+            return None
+        watched = is_watched(self, self.block, *self.block)
+        return fused if fused.takes(self.block[1], x.shape[-1]) and not watched else None
 
 
 class ResidualBlock(nn.Module):
@@ -102,7 +90,18 @@ class ResidualBlock(nn.Module):
 
     def modulate(self, x: Tensor, film: Tensor) -> Tensor:
         """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
-        return self.conv2(self.conv1(x, film), residual=self.residual_conv(x))
+        if (fused := self.conv1.kernels(x)) is not None and self.conv2.kernels(x) is not None:
+            first, second = self.conv1.block, self.conv2.block
+            hidden = fused.convolve_and_normalise(first[0], first[1], x, film)
+            return fused.convolve_and_normalise(second[0], second[1], hidden, residual=self.residual_conv(x))
+        hidden = self.conv1(x)
+        film = film[(..., *[None] * (hidden.ndim - 2))]  # (B, C' or 2C', 1)
+        if self.film_scale:
+            scale, bias = film.chunk(2, dim=1)
+            hidden = scale * hidden + bias
+        else:
+            hidden = hidden + film
+        return self.conv2(hidden) + self.residual_conv(x)
 
 
 class ConditionalUnet1d(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from getiaction.data.gather import Batch
-from getiaction.policy.replay import Replay
+from getiaction.policy.replay import Replay, is_watched
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Update:
         Args:
             weights: of the micro-batches in their mean.
         """
+        if self.replay is None and self.replays:
+            self.replays = not is_watched(*self.model.modules())
         if not self.replays or set(weights) != {1.0}:  # others change from step to step
             loss = self._compute(parts, weights)
             self.optimizer.step()
@@ -118,14 +120,20 @@ class Rates:
     """Keep an optimiser's learning rates on the device, where a CUDA graph reads them."""
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
-        self._groups = optimizer.param_groups
-        self.fit = isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in self._groups)
-        self._held = [float("nan")] * len(self._groups)
-        self._rates = [torch.zeros((), device=device) for _ in self._groups]
+        self._optimizer = optimizer  # whose groups are others after a resume
+        self._held = [float("nan")] * len(optimizer.param_groups)
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+    @property
+    def fit(self) -> bool:
+        """Tell whether the optimiser can read them there."""
+        return isinstance(self._optimizer, Adam | AdamW) and all(
+            group.get("fused") for group in self._optimizer.param_groups
+        )
 
     def take_over(self) -> None:
         """Bring the rates that a schedule has set to the device."""
-        for number, (group, rate) in enumerate(zip(self._groups, self._rates, strict=True)):
+        for number, (group, rate) in enumerate(zip(self._optimizer.param_groups, self._rates, strict=True)):
             if self._held[number] != group["lr"]:
                 rate.fill_(group["lr"])
                 self._held[number] = group["lr"]
@@ -133,13 +141,14 @@ class Rates:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """Let the optimiser read them there."""
-        before = [(group["lr"], group.get("capturable", False)) for group in self._groups]
-        for group, rate in zip(self._groups, self._rates, strict=True):
+        groups = self._optimizer.param_groups
+        before = [(group["lr"], group.get("capturable", False)) for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
             group.update(lr=rate, capturable=True)
         try:
             yield
         finally:
-            for group, (rate, capturable) in zip(self._groups, before, strict=True):
+            for group, (rate, capturable) in zip(groups, before, strict=True):
                 group.update(lr=rate, capturable=capturable)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from getiaction.policy import ConditionalUnet1d, convolution, unet
-from getiaction.policy.convolution import Conv1d, use_library
+from getiaction.policy.convolution import Conv1d, ConvTranspose1d, use_library
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -106,6 +106,12 @@ def test_convolutions(
     lying = drawn(rows, steps, channels)
     turned = lying.transpose(1, 2)
     check(fused.convolve(layer, turned), layer(turned), [lying, *layer.parameters()])
+
+
+def test_what_the_kernels_leave_to_pytorch(fused: ModuleType) -> None:
+    x = drawn(2, 4, 8)
+    for layer in (ConvTranspose1d(4, 6, 4, 2, 1, output_padding=1), ConvTranspose1d(4, 6, 4, 2, 1, bias=False)):
+        assert torch.allclose(layer.to(DEVICE)(x), nn.ConvTranspose1d.forward(layer, x), atol=1e-5)
 
 
 def test_convolutions_without_a_bias(fused: ModuleType) -> None:

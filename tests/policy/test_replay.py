@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Normalizer
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.replay import Replay, Replays
+from getiaction.policy.replay import Held, Replay, Replays, is_watched
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 CALLS = 5  # two before the capture, the capture, and two replays
@@ -137,6 +139,7 @@ def test_a_function_that_waits_for_the_device_is_called_plainly(caplog: pytest.L
     assert not replay.captured
     assert "cannot be a CUDA graph" in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(2, device="cuda").isfinite().all(), "the generator draws again"
 
 
 def test_a_copy_of_a_policy_has_no_graphs(policy: DiffusionPolicy) -> None:
@@ -145,3 +148,44 @@ def test_a_copy_of_a_policy_has_no_graphs(policy: DiffusionPolicy) -> None:
             act(policy, number)
     assert not copy.deepcopy(policy)._replays._kept
     assert pickle.dumps(policy._replays) == pickle.dumps(Replays())
+
+
+def test_what_a_graph_reads_is_remembered(policy: DiffusionPolicy) -> None:
+    held = Held(policy)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(2)
+    assert held.unchanged()
+    policy.diffusion.unet.final_conv[1].bias.data = policy.diffusion.unet.final_conv[1].bias.data.clone()
+    assert not held.unchanged()
+    held = Held(policy)
+    policy.normalizer = copy.deepcopy(policy.normalizer)
+    assert not held.unchanged()
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_who_listens_is_noticed(policy: DiffusionPolicy, kind: str) -> None:
+    held, layer = Held(policy), policy.diffusion.unet.final_conv[1]
+    assert not held.watched()
+    handle = getattr(layer, f"register_{kind}_hook")(lambda *_: None)
+    assert held.watched()
+    assert is_watched(layer)
+    handle.remove()
+    assert not held.watched()
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert held.watched()
+    everywhere.remove()
+
+
+def test_a_policy_is_freed_at_once(policy: DiffusionPolicy) -> None:
+    """Evaluations in training make copies of it, each with a graph's memory."""
+    other = copy.deepcopy(policy)
+    other._replays._held = Held(other)
+    gone = weakref.ref(other)
+    gc.collect()
+    gc.disable()
+    try:
+        del other
+        assert gone() is None
+    finally:
+        gc.enable()

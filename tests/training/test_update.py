@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from getiaction.config import run
+from getiaction.config.sources import find_data
 from getiaction.training.metrics import read_metrics
+from getiaction.training.update import Rates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 ON_GPU = ("hardware=gpu", "hardware.tf32=false", "training.max_steps=8", "training.max_grad_norm=0.5")
@@ -58,3 +62,35 @@ def test_a_cpu_replays_nothing(tiny: Any, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, "training.max_steps=4")
     trainer.fit()
     assert trainer.update.replay is None
+
+
+def test_rates_follow_an_optimiser_that_was_resumed() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+    rates = Rates(optimizer, torch.device("cpu"))
+    optimizer.load_state_dict(optimizer.state_dict() | {})
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert rates.fit
+    rates.take_over()
+    with rates.on_device():
+        [group] = optimizer.param_groups
+        assert isinstance(group["lr"], torch.Tensor)
+        assert (float(group["lr"]), group["capturable"]) == (0.25, True)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["capturable"]) == (0.25, False)
+
+
+def test_other_optimisers_step_outside_of_a_graph() -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    for optimizer in (torch.optim.SGD(weights, lr=0.5), torch.optim.AdamW(weights, lr=0.5)):
+        assert not Rates(optimizer, torch.device("cpu")).fit
+
+
+@needs_gpu
+def test_a_resumed_run_replays_as_well(tiny: Any, tmp_path: Path) -> None:
+    tiny.train(tmp_path, *ON_GPU[:2], "training.max_steps=4")
+    config = tiny.resumed_config(tmp_path, "training.max_steps=12")
+    trainer = run.build_trainer(config, find_data(config), run.start_accelerator(config, tmp_path), tmp_path)
+    assert trainer.step == 4
+    trainer.fit()
+    assert trainer.update.replay is not None
+    assert trainer.update.replay.captured
