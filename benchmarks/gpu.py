@@ -1,10 +1,10 @@
 """Check, measure and record everything about one accelerator in one call; a section that fails is recorded as such.
 
-python -m benchmarks.gpu --result benchmarks/results/gpu-<date>.json                 # one CUDA GPU
+python -m benchmarks.gpu --pictures ../shared/data/pusht                              # one CUDA GPU
 python -m benchmarks.gpu --device cpu --small --result /tmp/gpu.json                  # a rehearsal without one
 
-Keypoints come from the demonstrations in the box. Pictures do, too, where PyAV decodes them; else `--pictures` names a
-frame cache that was made elsewhere.
+Keypoints come from the demonstrations in the box. Pictures do, too, or from where `--pictures` says: PushT's dataset,
+which `end_to_end` needs, or a frame cache that was made elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from getiaction.interop.lerobot import load_policy
 from getiaction.policy import BatchedActor, Features
 from getiaction.training.metrics import read_metrics
 
+RESULTS = Path(__file__).parent / "results"
 PICTURE_PRESETS = ("pusht_basic", "pusht_advanced", "pusht_fast", "pusht_multigpu")
 WAYS: dict[str, tuple[str, ...]] = {
     "as_it_is": (),
@@ -356,8 +358,9 @@ def main() -> None:
         "--sections", nargs="*", choices=names, default=names, help="`rows` and `evaluation` use `precisions`"
     )
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds after which a section is given up")
-    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--result", type=Path, help="default: benchmarks/results/gpu-<date>.json")
     arguments = parser.parse_args()
+    path = arguments.result or RESULTS / f"gpu-{datetime.now(UTC):%Y-%m-%d}.json"
     signal.signal(signal.SIGALRM, give_up)
     result: dict[str, Any] = {"machine": describe_machine(torch.device(arguments.device)), "small": arguments.small}
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +377,7 @@ def main() -> None:
             signal.alarm(0)
             result[section.__name__] = found | {"section_seconds": round(time.perf_counter() - begin, 1)}
             print(section.__name__, json.dumps(result[section.__name__]), flush=True)
-            arguments.result.write_text(json.dumps(result, indent=1) + "\n")
+            path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
