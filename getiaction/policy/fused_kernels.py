@@ -56,6 +56,18 @@ def _mish(y):
 
 
 @triton.jit
+def _normalise(x, start, place, channel, mask, count, eps, STARTS: tl.constexpr):
+    """Return a group of x, `start` added, with mean 0 and variance 1, and what it was multiplied by."""
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    if STARTS:
+        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(value, 1), 0) / count
+    centred = tl.where(mask, value - mean, 0.0)
+    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
+    return centred * rate, rate
+
+
+@triton.jit
 def block_kernel(
     x, start, weight, bias, scale, shift, residual, out, steps, size, eps,
     film_row, residual_row, residual_step, residual_channel,
@@ -70,15 +82,9 @@ def block_kernel(
     channel = group * size + inside
     place = (row * steps + step) * channels + channel
 
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    if STARTS:
-        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
-    count = steps * size
-    mean = tl.sum(tl.sum(value, 1), 0) / count
-    centred = tl.where(mask, value - mean, 0.0)
-    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
+    normal, _ = _normalise(x, start, place, channel, mask, steps * size, eps, STARTS)
     gain, offset = tl.load(weight + channel, mask=known, other=0.0), tl.load(bias + channel, mask=known, other=0.0)
-    y, _ = _mish(centred * rate * gain.to(tl.float32) + offset.to(tl.float32))
+    y, _ = _mish(normal * gain.to(tl.float32) + offset.to(tl.float32))
     if SCALES:
         y *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
     if SHIFTS:
@@ -109,14 +115,8 @@ def block_backward_kernel(
     kept, each = alone < size, row * channels + group * size + alone
     film = row * by_film_row + group * size + alone
 
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    if STARTS:
-        value += tl.load(start + channel, mask=mask, other=0.0).to(tl.float32)
     count = steps * size
-    mean = tl.sum(tl.sum(value, 1), 0) / count
-    centred = tl.where(mask, value - mean, 0.0)
-    rate = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, 1), 0) / count + eps)
-    normal = centred * rate
+    normal, rate = _normalise(x, start, place, channel, mask, count, eps, STARTS)
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     y, slope = _mish(normal * gain + offset)

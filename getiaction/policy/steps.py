@@ -71,16 +71,13 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
 
         def take_known(output: Tensor, number: int, sample: Tensor, generator: Noise) -> Tensor:
             step, noise = known[number], None
-            if step.s and isinstance(generator, Tensor):
+            if step.s and isinstance(generator, list | Tensor):
                 if not ahead:
-                    ahead.extend(generator.unbind(0))
-                noise = ahead.pop(0)
-            elif step.s and isinstance(generator, list):
-                if not ahead:
-                    ahead.extend(draw_ahead(output, noisy, generator))
+                    drawn = generator if isinstance(generator, Tensor) else draw_all(output, noisy, generator)
+                    ahead.extend(drawn.unbind(0))
                 noise = ahead.pop(0)
             elif step.s:
-                assert not isinstance(generator, Tensor)
+                assert not isinstance(generator, list | Tensor)
                 noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
             return step.take(output, sample, clip, noise)
 
@@ -99,24 +96,19 @@ def start(scheduler: Any, num_inference_steps: int, prediction_type: str | None 
 
 
 def draw_all(like: Tensor, count: int, generator: Generators) -> Tensor:
-    """Return the noise of `count` steps, each like `like` (B, T, Da): the numbers that would come step by step."""
-    if isinstance(generator, list):
-        return torch.stack(draw_ahead(like, count, generator))
-    drawn = [randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype) for _ in range(count)]
-    return torch.stack(drawn)
+    """Draw the noise of `count` steps, each like `like` (B, T, Da): the numbers that would come step by step.
 
-
-def draw_ahead(like: Tensor, count: int, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
-    """Draw the noise of `count` steps, each like `like` (B, T, Da): the numbers that B generators give step by step.
-
-    They come to the device in one copy: the host would wait for one at each step.
+    Those of a generator for each row come to the device in one copy: the host would wait for one at each step.
     """
+    if not isinstance(generator, list):
+        drawn = [randn_tensor(like.shape, generator, like.device, like.dtype) for _ in range(count)]
+        return torch.stack(drawn)
 
     def one_row(draw: torch.Generator) -> Tensor:  # (T, Da)
         return torch.randn(like.shape[1:], generator=draw, device=draw.device, dtype=like.dtype)
 
-    drawn = [torch.stack([one_row(draw) for draw in generators]) for _ in range(count)]  # count x (B, T, Da)
-    return torch.stack(drawn).to(like.device).unbind(0)
+    rows = [torch.stack([one_row(draw) for draw in generator]) for _ in range(count)]  # count x (B, T, Da)
+    return torch.stack(rows).to(like.device)
 
 
 def clip_of(scheduler: Any) -> float | None:

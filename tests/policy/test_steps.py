@@ -16,7 +16,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from getiaction.policy.steps import draw_ahead, known_steps, start
+from getiaction.policy.steps import draw_all, known_steps, start
 
 TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -119,7 +119,7 @@ def test_a_generator_for_each_row() -> None:
 def test_noise_that_is_drawn_ahead_is_what_comes_step_by_step(shape: tuple[int, ...]) -> None:
     first, second = ([torch.Generator().manual_seed(row) for row in range(shape[0])] for _ in range(2))
     one_by_one = [randn_tensor(shape, generator=first) for _ in range(5)]
-    for ahead, expected in zip(draw_ahead(torch.zeros(shape), 5, second), one_by_one, strict=True):
+    for ahead, expected in zip(draw_all(torch.zeros(shape), 5, second), one_by_one, strict=True):
         assert torch.equal(ahead, expected)
 
 
