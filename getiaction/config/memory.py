@@ -13,6 +13,7 @@ from getiaction.config.build import sizes
 from getiaction.config.problems import Problem
 from getiaction.config.schema import Config
 from getiaction.policy import DiffusionPolicy
+from getiaction.training.update import can_replay
 
 FLOAT = ROW = 4  # bytes of a number, and at least of the number of a row
 
@@ -76,7 +77,7 @@ def memory_advice(config: Config, accelerator: Accelerator) -> str:
         remedies.append(f"backbone.resize_shape='[{smaller}]' backbone.crop_shape=null   # smaller pictures")
     if accelerator.device.type == "cuda":
         remedies.append("hardware.data_placement=host   # the data stay in the host's memory")
-        if config.hardware.cuda_graphs:
+        if config.hardware.cuda_graphs and can_replay(accelerator):
             remedies.append("hardware.cuda_graphs=false   # a graph keeps a step's memory to itself")
     if accelerator.mixed_precision == "no":
         remedies.append("hardware.mixed_precision=auto   # half the memory for activations")

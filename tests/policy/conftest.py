@@ -54,3 +54,12 @@ def make_policy() -> MakePolicy:
         )
 
     return make
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    """Let a GPU round to float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -59,11 +59,10 @@ def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fused(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     """Return the kernels, and let every layer use them."""
     if not (ON_GPU or INTERPRETED):
         pytest.skip("see test_the_kernels_in_the_interpreter")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     kernels = importlib.import_module("getiaction.policy.fused")
 
     def find(layer: Any, x: Tensor) -> ModuleType | None:

@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,12 +18,10 @@ from getiaction.policy.replay import Held, Replay, Replays, is_watched
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 CALLS = 5  # two before the capture, the capture, and two replays
-Chunk = Callable[[DiffusionPolicy, int], Tensor]
 
 
 @pytest.fixture
-def policy() -> DiffusionPolicy:
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def policy(without_tf32: None) -> DiffusionPolicy:
     torch.manual_seed(0)
     features = Features(action_dim=2, state_dim=2, cameras={"observation.image": (3, 40, 40)})
     made = DiffusionPolicy(
