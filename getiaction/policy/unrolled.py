@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from getiaction.policy.activation import mish_
 from getiaction.policy.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.copies import Copy, read_faster_in_columns
+from getiaction.policy.replay import Held
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
@@ -39,9 +41,10 @@ KEPT = Kept()
 def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
     """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
 
-    Under autocast to bf16 it multiplies by bf16 copies of the weights, fresh for each batch of observations. None if
-    this is no inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones,
-    say). Hooks of its modules are not called.
+    Under autocast to bf16 it multiplies by bf16 copies of the weights; in float32 on some CPUs by copies of the large
+    ones in another order. They are made again when a weight changed. None if this is no inference on the CPU, or the
+    network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules are not
+    called.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or films[0].device.type != "cpu":
         return None
@@ -51,7 +54,7 @@ def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUn
     plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
     kept = KEPT.unrolled.setdefault(unet, {})
     unrolled = kept.get(plan.dtype)
-    if unrolled is None or not unrolled.fits(unet, plan):
+    if unrolled is None or not unrolled.fits(plan):
         try:
             kept[plan.dtype] = unrolled = UnrolledUnet(unet, plan)
         except OtherLayerError:
@@ -109,13 +112,13 @@ class UnrolledUnet:
     """Do what `ConditionalUnet1d.denoise` does, for one batch of observations after the other.
 
     Args:
-        unet: its weights are used where they lie, and may change there, unless `plan.dtype` is another type.
+        unet: its weights are used where they lie, or copied from there, and may change there between two `look`s.
     """
 
     def __init__(self, unet: ConditionalUnet1d, plan: Plan) -> None:
         self._plan, self._like, self._number = plan, next(unet.parameters()), 0
-        self._weights = self._identify(unet)
-        self._copies: list[tuple[Tensor, Tensor]] = []  # of weights in another type, and the weights
+        self._held = Held(unet)
+        self._copies: list[Copy] = []  # of weights
         self._calls: list[Callable[[], object]] = []
         self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
         self._margin = max(unet.kernel_size // 2, 1)
@@ -134,21 +137,17 @@ class UnrolledUnet:
         convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
         self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
 
-    def fits(self, unet: ConditionalUnet1d, plan: Plan) -> bool:
+    def fits(self, plan: Plan) -> bool:
         """Tell whether a new one would be the same."""
-        return self._plan == plan and self._weights == self._identify(unet)
-
-    def _identify(self, unet: ConditionalUnet1d) -> list[int]:
-        """Return where the weights lie; what is used here keeps them there."""
-        return [weight.data_ptr() for weight in unet.parameters()]
+        return self._plan == plan and self._held.unchanged()
 
     @torch.inference_mode()
     def look(self, films: Sequence[Tensor]) -> None:
         """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
         for own, film in zip(self._films, films, strict=True):
             own.copy_(film)
-        for copy, weight in self._copies:
-            copy.copy_(weight)
+        for copy in self._copies:
+            copy.refresh()
 
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
@@ -193,13 +192,14 @@ class UnrolledUnet:
         (channels, size), rows, threads = weight.shape, rows.flatten(0, 1), self._plan.threads  # rows: (B T, K)
         weight, bias = weight.detach(), bias.detach() if bias is not None else None
         copies = weight.dtype != self._plan.dtype
-        if copies:
-            self._copies.append((torch.empty_like(weight, dtype=self._plan.dtype), weight))
-            weight = self._copies[-1][0]
         product = self._new(len(rows), channels)
         split = threads > 1 and channels % threads == 0 and channels * size > LARGE and len(rows) <= FEW
+        if copies:
+            weight = self._copy_of(weight, weight)
         if split:  # the library leaves few rows to one thread: a part of C for each
             columns = weight.unflatten(0, (threads, -1)).transpose(1, 2)  # (parts, K, C / parts)
+            if not copies and read_faster_in_columns():
+                columns = self._copy_of(weight, columns)
             out = self._new(threads, len(rows), channels // threads, dtype=self._plan.dtype)
             self._calls.append(partial(torch.bmm, rows.expand(threads, *rows.shape), columns, out=out))
             joined, out = product.unflatten(1, (threads, -1)), out.transpose(0, 1)  # (B T, parts, C / parts) both
@@ -214,6 +214,10 @@ class UnrolledUnet:
             partial(torch.add, out, bias, out=joined) if bias is not None else partial(joined.copy_, out)
         )
         return product.unflatten(0, (self._plan.batch_size, -1))
+
+    def _copy_of(self, weight: Tensor, source: Tensor) -> Tensor:
+        self._copies.append(Copy(weight, source, self._plan.dtype))
+        return self._copies[-1].copy
 
     def _normalise(
         self,

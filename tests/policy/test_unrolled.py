@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import getiaction.policy.unrolled as unrolled_module
 from getiaction.policy import ConditionalUnet1d
 from getiaction.policy.unrolled import UnrolledUnet, unroll
 
@@ -49,7 +50,12 @@ def _threads(request: pytest.FixtureRequest) -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.fixture(params=[True, False], ids=["in columns", "as they lie"])
+def _order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unrolled_module, "read_faster_in_columns", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_threads", "_order")
 @pytest.mark.parametrize(("batch_size", "horizon"), [(1, 16), (1, 4), (3, 8), (16, 16)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_plain_network(shape: str, batch_size: int, horizon: int) -> None:
@@ -65,8 +71,10 @@ def test_float32_differs_by_rounding_only() -> None:
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_it_is_made_once_and_sees_new_observations_and_new_weights() -> None:
-    unet = make(down_dims=(16, 32))
+@pytest.mark.usefixtures("_order")
+@pytest.mark.parametrize("down_dims", [(16, 32), (64, 256)])
+def test_it_is_made_once_and_sees_new_observations_and_new_weights(down_dims: tuple[int, ...]) -> None:
+    unet = make(down_dims=down_dims)
     actions = torch.randn(2, 8, 3).double()
     first = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(2, 5).double()), 8)
     torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))  # other observations

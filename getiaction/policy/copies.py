@@ -1,0 +1,49 @@
+"""Copies of weights, in another type or order, that are made again only when the weights changed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from getiaction.machine import read_cpu
+
+LOOKED_AT = 64  # numbers of each weight
+
+
+class Copy:
+    """Keep a copy of a weight.
+
+    PyTorch counts changes, but not those through `weight.data` or NumPy, as some averages of weights and some loaders
+    make them. So a few numbers of each weight are compared as well: who trains, averages or loads changes all of them.
+
+    Args:
+        weight: a matrix, or the transpose of one. It may change, but must stay where it is.
+        source: a view of it, whose order the copy has.
+        dtype: what the copy is in.
+    """
+
+    def __init__(self, weight: Tensor, source: Tensor, dtype: torch.dtype) -> None:
+        self.copy = torch.empty(source.shape, dtype=dtype, device=source.device)
+        self._source = source
+        flat = (weight if weight.is_contiguous() else weight.t()).view(-1)
+        self._few = flat[:: flat.numel() // LOOKED_AT | 1]  # odd: not one column only
+        self._seen: tuple[int | None, Tensor] | None = None
+
+    def refresh(self) -> None:
+        """Copy the weight again if it changed since the last time."""
+        count = None if self._few.is_inference() else self._few._version
+        if self._seen is not None and self._seen[0] == count and torch.equal(self._seen[1], self._few):
+            return
+        self.copy.copy_(self._source)
+        self._seen = count, self._few.clone()
+
+
+@cache
+def read_faster_in_columns() -> bool:
+    """Tell whether products of a few rows read a matrix faster, (K, C'), than its transpose as PyTorch keeps it.
+
+    Measured on an Intel Xeon only: benchmarks/NOTES.md.
+    """
+    return read_cpu("vendor_id") == "GenuineIntel"
