@@ -237,6 +237,7 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if hardware.convolutions == "library":
         use_library(policy)
+    policy.cuda_graphs = hardware.cuda_graphs
     if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
         use_taps(policy)
     return policy

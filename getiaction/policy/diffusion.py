@@ -20,7 +20,7 @@ from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
-from getiaction.policy.replay import LOCK, Replays, can_replay
+from getiaction.policy.replay import LOCK, Replays, can_replay, launching
 from getiaction.policy.steps import Generators, Noise, draw_all, known_steps, start
 from getiaction.policy.unet import ConditionalUnet1d
 from getiaction.policy.unrolled import unroll
@@ -94,7 +94,7 @@ class DiffusionPolicy(nn.Module):
             obs_dim += encoders[0].feature_dim * len(features.cameras)
         self.diffusion.unet = unet(action_dim=features.action_dim, cond_dim=obs_dim * n_obs_steps)
         self.noising = Noising(noise_scheduler, prediction_type, loss_weighting)
-        self._replays = Replays()
+        self.cuda_graphs, self._replays = True, Replays()
 
     @property
     def device(self) -> torch.device:
@@ -182,12 +182,13 @@ class DiffusionPolicy(nn.Module):
         Returns:
             (B, Ta, Da).
 
-        On a CUDA GPU, calls of one shape are replayed as a CUDA graph from the third on (see `replay.Replays`).
+        On a CUDA GPU, calls of one shape are replayed as a CUDA graph from the third on (see `replay.Replays`), unless
+        `cuda_graphs` is set to False.
         """
         steps = num_inference_steps or self.num_inference_steps
         seen = tuple(observations[key] for key in self.features.observation_keys)
         known = known_steps(self.noise_scheduler, steps, self.prediction_type)
-        if known is None or not can_replay(self, seen):
+        if known is None or not self.cuda_graphs or not can_replay(self, seen):
             return self.act_on(self.prepare(observations), noise=noise, generator=generator, num_inference_steps=steps)
         noisy = sum(step.s != 0 for step in known[1])
 
@@ -227,8 +228,9 @@ class DiffusionPolicy(nn.Module):
         num_inference_steps: int | None = None,
     ) -> Tensor:
         """Do what `predict_action_chunk` does, for observations that are resized and cropped already."""
-        cond = self.encode(self.normalizer(prepared))
-        return self.executed(self.sample(cond, noise, generator, num_inference_steps))
+        with launching(self.device):
+            cond = self.encode(self.normalizer(prepared))
+            return self.executed(self.sample(cond, noise, generator, num_inference_steps))
 
     def executed(self, trajectory: Tensor) -> Tensor:
         """Return the Ta actions of a normalised trajectory, (B, T, Da), that are executed: (B, Ta, Da), raw units."""

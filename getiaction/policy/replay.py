@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.modules import module as hooks
 log = logging.getLogger(__name__)
 # Nobody may draw from the device's generator, or wait for the device, while a graph is captured.
 LOCK = threading.RLock()
-WARM_UP = 2  # calls before the capture: cuDNN and cuBLAS choose, and allocate, what they need
+WARM_UP = 2  # calls of a thread before it captures: cuDNN and cuBLAS choose, and allocate, what they need
 GLOBAL_HOOKS = (
     hooks._global_forward_hooks,
     hooks._global_forward_pre_hooks,
@@ -29,6 +29,7 @@ GLOBAL_HOOKS = (
     hooks._global_backward_pre_hooks,
 )
 KEPT = 4  # graphs of a policy, the ones used last; each holds the memory of its call
+PATIENCE = 4 * KEPT  # how many may have been given up before other calls are no longer tried
 
 
 class Replay:
@@ -43,7 +44,8 @@ class Replay:
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self._function, self._device, self._calls = function, device, 0
+        self._function, self._device = function, device
+        self._warm = threading.local()  # cuBLAS and cuDNN keep what they need for each thread
         self._stream = torch.cuda.Stream(device)  # of all calls: autograd remembers which one a gradient comes from
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
@@ -57,13 +59,14 @@ class Replay:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Return what the function makes of its inputs, whose shapes and types must be the same at every call."""
-        with torch.cuda.device(self._device):
+        with LOCK, torch.cuda.device(self._device):  # a replay looks at the device's generator, too
             return self._replay_or_call(inputs)
 
     def _replay_or_call(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        if self._graph is None and self._calls >= WARM_UP and not self._refused:
+        calls = getattr(self._warm, "calls", 0)
+        if self._graph is None and calls >= WARM_UP and not self._refused:
             self._capture(inputs)
-        self._calls += 1
+        self._warm.calls = calls + 1
         if self._graph is None:
             return self._call(inputs)
         for kept, given in zip(self._inputs, inputs, strict=True):
@@ -82,46 +85,79 @@ class Replay:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        self._inputs = tuple(one.clone() for one in inputs)
-        refused, invalid = None, False
-        with LOCK, torch.cuda.stream(self._stream):
-            torch.clear_autocast_cache()  # its copies of weights end with the caller's autocast, a graph does not
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # the graph has its own memory
-            # other threads may allocate pinned memory meanwhile
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        reason: str | None = None  # not the error, which holds every tensor that its frames hold
+        with torch.cuda.stream(self._stream), let_go_of_shared_memory():
+            begun = ended = False
             try:
+                self._inputs = tuple(one.clone() for one in inputs)
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # the graph has its own memory
+                # other threads may allocate pinned memory meanwhile
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                begun = True
                 self._result = self._function(*self._inputs)
-            except RuntimeError as error:  # a layer of somebody else's that waits for the device, say
-                refused = error
+            except RuntimeError as error:  # a layer of somebody else's that waits for the device, say; or no memory
+                reason = first_line(error)
             finally:
                 try:
-                    graph.capture_end()
+                    if begun:
+                        graph.capture_end()
+                        ended = True
                 except RuntimeError as error:
-                    refused, invalid = refused or error, True
-                torch.clear_autocast_cache()  # the graph's copies lie where it will write again
-            if invalid:
-                forget(pool, self._device)
-        if refused is None:
+                    reason = reason or first_line(error)
+                if begun and not ended:
+                    forget(graph, pool, self._device)
+        if reason is None:
             self._graph = graph
             return
         self._refused, self._inputs, self._result = True, (), None
-        reason = (str(refused).strip().splitlines() or [type(refused).__name__])[0]
         log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
 
 
-def forget(pool: Any, device: torch.device) -> None:
+@contextlib.contextmanager
+def let_go_of_shared_memory() -> Iterator[None]:
+    """Let a capture allocate what PyTorch otherwise keeps for all: a graph remembers places, and does not own these.
+
+    Autocast's copies of weights end with the caller's autocast; cuBLAS's workspaces end when anybody clears them, as
+    `torch.compile` does for its own graphs.
+    Source: torch/_inductor/cudagraph_trees.py, clear_cublas_manager.
+    """
+    torch.clear_autocast_cache()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def forget(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Clean up after a capture that CUDA broke off, which PyTorch leaves as if it went on.
 
     Its memory would stay reserved, and the device's random generator would refuse to draw until the next capture.
     """
-    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with contextlib.suppress(RuntimeError):
-            end(device.index or 0, pool)
+    if not is_over(graph):
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(RuntimeError):
+                end(device.index or 0, pool)
     with contextlib.suppress(RuntimeError):
         nothing, number = torch.cuda.CUDAGraph(), torch.zeros((), device=device)
-        with torch.cuda.graph(nothing, capture_error_mode="thread_local"):
+        with torch.cuda.graph(nothing, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
             number.add_(1)
+
+
+def is_over(graph: torch.cuda.CUDAGraph) -> bool:
+    """Tell whether PyTorch knows that the capture ended; it then releases the memory itself, and only it may."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Replays:
@@ -134,6 +170,7 @@ class Replays:
         self._kept: OrderedDict[Hashable, Replay] = OrderedDict()
         self._held: Held | None = None
         self._done: torch.cuda.Event | None = None
+        self._given_up = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
         return Replays()
@@ -154,8 +191,8 @@ class Replays:
         with LOCK:  # a graph's inputs and results lie in one place
             if self._held is None or not self._held.unchanged():
                 self._kept.clear()
-                self._held = Held(module)
-            if self._held.watched():
+                self._held, self._given_up = Held(module), 0
+            if self._held.watched() or (key not in self._kept and self._given_up >= PATIENCE):
                 return make()(*inputs)
             here = torch.cuda.current_stream(inputs[0].device)
             if self._done is not None:
@@ -165,6 +202,9 @@ class Replays:
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
+                self._given_up += 1
+                if self._given_up == PATIENCE:
+                    log.warning("warning: so many kinds of calls take turns that new ones become no CUDA graphs")
             result = self._kept[key](*inputs)
             self._done = here.record_event()
         return result
@@ -199,6 +239,13 @@ class Held:
 def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return the hooks that are called when a layer is, or its gradients are computed; they may change."""
     return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+
+
+@contextlib.contextmanager
+def launching(device: torch.device) -> Iterator[None]:
+    """Keep captures of other threads away from kernels that are launched one by one, and may draw."""
+    with LOCK if device.type == "cuda" and not torch.compiler.is_compiling() else contextlib.nullcontext():
+        yield
 
 
 def is_watched(*layers: nn.Module) -> bool:

@@ -315,6 +315,7 @@ def resume(trainer: Trainer, state: TrainingState, average: dict[str, Tensor] | 
         trainer.ema.average.load_state_dict(average)
     trainer.optimizer.optimizer.load_state_dict(state.optimizer)
     lay_out_like_weights(trainer.optimizer.optimizer)
+    trainer.update.forget()
     trainer.lr_scheduler.load_state_dict(state.lr_scheduler)
     if trainer.accelerator.scaler is not None and state.grad_scaler:
         trainer.accelerator.scaler.load_state_dict(state.grad_scaler)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ class Update:
         self._rates = Rates(optimizer.optimizer, accelerator.device) if replays else None
         self._gradients: list[Tensor | None] = []  # where a graph leaves them
 
+    def forget(self) -> None:
+        """Let go of the graph: weights, or the optimiser's moments, lie elsewhere from now on."""
+        self.replay, self._gradients = None, []
+
     def __call__(self, parts: list[Part], weights: list[float]) -> Tensor:
         """Return the loss, ().
 
@@ -85,7 +90,7 @@ class Update:
                 regrouped = [Part(dict(zip(keys, row[:-2], strict=True)), row[-2], row[-1]) for row in rows]
                 loss = here._compute(regrouped, [1.0] * count)
                 if whole:
-                    with rates.on_device() if torch.cuda.is_current_stream_capturing() else contextlib.nullcontext():
+                    with rates.as_a_graph_reads_them(on_device=torch.cuda.is_current_stream_capturing()):
                         here.optimizer.step()
                 return loss
 
@@ -139,17 +144,17 @@ class Rates:
                 self._held[number] = group["lr"]
 
     @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Let the optimiser read them there."""
+    def as_a_graph_reads_them(self, *, on_device: bool) -> Iterator[None]:
+        """Let the optimiser read them on the device, or at least as numbers of float32, as those are."""
         groups = self._optimizer.param_groups
         before = [(group["lr"], group.get("capturable", False)) for group in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
-            group.update(lr=rate, capturable=True)
+        for group, rate, (number, capturable) in zip(groups, self._rates, before, strict=True):
+            group.update(lr=rate if on_device else float(np.float32(number)), capturable=on_device or capturable)
         try:
             yield
         finally:
-            for group, (rate, capturable) in zip(groups, before, strict=True):
-                group.update(lr=rate, capturable=capturable)
+            for group, (number, capturable) in zip(groups, before, strict=True):
+                group.update(lr=number, capturable=capturable)
 
 
 def can_replay(accelerator: Accelerator) -> bool:

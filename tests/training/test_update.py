@@ -72,7 +72,7 @@ def test_rates_follow_an_optimiser_that_was_resumed() -> None:
     optimizer.param_groups[0]["lr"] = 0.25
     assert rates.fit
     rates.take_over()
-    with rates.on_device():
+    with rates.as_a_graph_reads_them(on_device=True):
         [group] = optimizer.param_groups
         assert isinstance(group["lr"], torch.Tensor)
         assert (float(group["lr"]), group["capturable"]) == (0.25, True)
