@@ -11,6 +11,8 @@ from torch import nn
 
 from getiaction.config import run
 from getiaction.config.sources import find_data
+from getiaction.training.checkpoint import read_average, read_state
+from getiaction.training.loop import resume
 from getiaction.training.metrics import read_metrics
 from getiaction.training.update import Rates
 
@@ -79,6 +81,23 @@ def test_rates_follow_an_optimiser_that_was_resumed() -> None:
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["capturable"]) == (0.25, False)
 
 
+def test_rates_are_rounded_before_there_is_a_graph_as_in_it() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.1, fused=True)
+    rates, [group] = Rates(optimizer, torch.device("cpu")), optimizer.param_groups
+    rates.take_over()
+    with rates.as_a_graph_reads_them(on_device=False):
+        plain, capturable = group["lr"], group["capturable"]
+    with rates.as_a_graph_reads_them(on_device=True):
+        assert plain == float(group["lr"]) != 0.1
+    assert (group["lr"], capturable) == (0.1, False)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_key_decides_for_action_chunks_as_well(tiny: Any, tmp_path: Path, wanted: bool) -> None:
+    trainer = tiny.trainer(tmp_path, f"hardware.cuda_graphs={str(wanted).lower()}")
+    assert (trainer.policy.cuda_graphs, trainer.best.cuda_graphs) == (wanted, wanted)
+
+
 def test_other_optimisers_step_outside_of_a_graph() -> None:
     weights = [nn.Parameter(torch.ones(2))]
     for optimizer in (torch.optim.SGD(weights, lr=0.5), torch.optim.AdamW(weights, lr=0.5)):
@@ -94,3 +113,21 @@ def test_a_resumed_run_replays_as_well(tiny: Any, tmp_path: Path) -> None:
     trainer.fit()
     assert trainer.update.replay is not None
     assert trainer.update.replay.captured
+
+
+@pytest.mark.parametrize("on", ["cpu", pytest.param("gpu", marks=needs_gpu)])
+def test_a_trainer_that_goes_back_captures_anew(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: str
+) -> None:
+    """As in a notebook: the moments lie elsewhere then, and a graph would go on with the old ones."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    trainer = tiny.trainer(tmp_path, *ON_GPU[1:], f"hardware={on}", "training.save_every=4")
+    torch.backends.cudnn.benchmark = False
+    trainer.fit()
+    weights = {key: value.clone() for key, value in trainer.policy.state_dict().items()}
+    checkpoint = tmp_path / "checkpoints" / "000004"
+    resume(trainer, read_state(checkpoint), read_average(checkpoint))
+    assert (trainer.step, trainer.update.replay) == (4, None)
+    trainer.fit()
+    for key, value in trainer.policy.state_dict().items():
+        assert torch.allclose(weights[key], value, rtol=1e-2, atol=1e-4 if on == "gpu" else 0), key
