@@ -8,9 +8,6 @@ this is, and where: benchmarks/NOTES.md.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,12 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from getiaction.policy.kernels import kernels_for
 from getiaction.policy.taps import Pair, convolve_by_taps
 
-log = logging.getLogger(__name__)
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
-FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels for GPUs take
 # Where a product for each tap is faster, as measured: from how many input channels on, up to how many places.
 WIDE, MOMENTS, PIXELS = 256, 8, 16
 
@@ -113,34 +109,6 @@ def use_library(module: nn.Module) -> None:
     """Let the layers below `module` use PyTorch's own kernels on a GPU, too, instead of those in `fused.py`."""
     for layer in module.modules():
         layer.by_library = True  # type: ignore[assignment]  # others do not look at it
-
-
-def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
-    """Return the kernels in `fused.py` for a layer that sees x (B, C, T), or None where they do not run."""
-    if x.device.type != "cuda" or x.ndim != 3 or not len(x) or torch.compiler.is_compiling() or layer.by_library:
-        return None
-    return find_kernels() if x.dtype in FUSED else None
-
-
-@cache
-def find_kernels() -> ModuleType | None:
-    """Import the kernels and try one; return None where there is no Triton, or it cannot compile.
-
-    It needs GPUs of compute capability 7.0, a C compiler, Python's headers, and a folder to write to.
-    """
-    if not torch.cuda.is_available():
-        return None
-    if any(torch.cuda.get_device_capability(number) < (7, 0) for number in range(torch.cuda.device_count())):
-        return None
-    try:
-        from getiaction.policy import fused
-
-        fused.unfold(torch.zeros(1, 1, 2, device="cuda"), kernel=3, stride=1, padding=1, dtype=torch.float32)
-    except Exception as error:  # whatever a compiler says
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        log.warning("warning: Triton's kernels are not used, PyTorch's slower ones are, on this GPU: %s", reason)
-        return None
-    return fused
 
 
 def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:

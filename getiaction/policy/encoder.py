@@ -19,6 +19,7 @@ from torch.nn import functional
 from torchvision.transforms import functional as pictures
 
 from getiaction.policy.convolution import replace_convolutions
+from getiaction.policy.kernels import picture_kernels_for
 
 
 class SpatialSoftmax(nn.Module):
@@ -127,7 +128,9 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised pictures, (B, C, h, w) of `input_shape`, into (B, feature_dim)."""
-        keypoints = self.pool(self.backbone(images))  # (B, K, 2)
+        kernels = picture_kernels_for(self.backbone, images) if self.norm == "group" else None
+        features = self.backbone(images) if kernels is None else kernels.run(self.backbone, images)
+        keypoints = self.pool(features)  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))
 
 

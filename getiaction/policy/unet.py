@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.activation import Mish
-from getiaction.policy.convolution import Conv1d, ConvTranspose1d, kernels_for
+from getiaction.policy.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.kernels import kernels_for
 from getiaction.policy.replay import is_watched
 
 NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy import ConditionalUnet1d, convolution, unet
+from getiaction.policy import ConditionalUnet1d, ImageEncoder, convolution, encoder, unet
 from getiaction.policy.convolution import Conv1d, ConvTranspose1d, use_library
+from getiaction.policy.kernels import compare
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -45,6 +46,11 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
     compile_kernel(kernels.block_backward_kernel, backwards, block)
+    kernels = importlib.import_module("getiaction.policy.fused_picture_kernels")
+    group = {"ADDS": True, "RECTIFIES": True, "PLACES": 256, "CHANNELS": 16}
+    compile_kernel(kernels.norm_kernel, ("x", "weight", "bias", "residual", "out", "statistics"), group)
+    backwards = ("x", "weight", "out", "statistics", "gradient", "by_x", "by_residual", "by_affine")
+    compile_kernel(kernels.norm_backward_kernel, backwards, group)
 
 
 def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any]) -> None:
@@ -56,6 +62,21 @@ def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
+    """Return the kernels for pictures, and let encoders use them."""
+    if not (ON_GPU or INTERPRETED):
+        pytest.skip("see test_the_kernels_in_the_interpreter")
+    kernels = importlib.import_module("getiaction.policy.fused_pictures")
+
+    def find(backbone: Any, x: Tensor) -> ModuleType | None:
+        return None if getattr(backbone, "by_library", False) else kernels
+
+    if INTERPRETED:
+        monkeypatch.setattr(encoder, "picture_kernels_for", find)
+    return kernels
 
 
 @pytest.fixture
@@ -196,3 +217,94 @@ def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
     assert fused.takes(nn.GroupNorm(8, 2048), 16)
     assert not fused.takes(nn.GroupNorm(1, 2048), 16)
     assert not fused.takes(nn.GroupNorm(8, 64, affine=False), 16)
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "channels", "groups", "height", "width"),
+    [(2, 32, 2, 5, 4), (1, 16, 1, 20, 15), (2, 24, 2, 3, 3), (1, 32, 2, 1, 1), (1, 4, 1, 40, 31)],
+)
+def test_what_follows_a_convolution_of_pictures(
+    pictures: ModuleType, rows: int, channels: int, groups: int, height: int, width: int, adds: bool, rectify: bool
+) -> None:
+    norm = nn.GroupNorm(groups, channels).to(DEVICE)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, residual = drawn(rows, channels, height, width), drawn(rows, channels, height, width + 1)[..., 1:]
+    far = (x + 100).contiguous(memory_format=torch.channels_last)  # where a sum of squares alone would lose digits
+    exact = functional.group_norm(far.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    wanted = exact + residual if adds else exact
+    inputs = [x, *norm.parameters()]
+    found = pictures.normalise(norm, far, residual=residual if adds else None, rectify=rectify)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    check(found, functional.relu(wanted) if rectify else wanted, inputs, 1e-4)
+
+
+def test_the_gradient_of_what_is_added(pictures: ModuleType) -> None:
+    norm, x, residual = nn.GroupNorm(2, 8).to(DEVICE), drawn(2, 8, 4, 4), drawn(2, 8, 4, 5)[..., :4]
+    lying = x.contiguous(memory_format=torch.channels_last)
+    found = pictures.normalise(norm, lying, residual=residual, rectify=True)
+    check(found, functional.relu(norm(x) + residual), [residual, x])
+
+
+def test_channels_that_lie_first_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_Norm", None)
+    norm, x = nn.GroupNorm(2, 8).to(DEVICE), drawn(2, 8, 4, 4)
+    check(pictures.normalise(norm, x, residual=2 * x, rectify=True), functional.relu(norm(x) + 2 * x), [x])
+    assert pictures.normalise(norm, x[:0]).shape == (0, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("resnet", "stages", "precision"), [("resnet18", 2, None), ("resnet18", 1, torch.bfloat16), ("resnet50", 1, None)]
+)
+def test_the_first_stages_of_a_resnet(
+    pictures: ModuleType, resnet: str, stages: int, precision: torch.dtype | None
+) -> None:
+    torch.manual_seed(0)
+    whole = ImageEncoder((3, 36, 36), resnet=resnet).backbone
+    network = whole[: 4 + stages].to(DEVICE, memory_format=torch.channels_last)
+    images = drawn(1, 3, 20, 20)
+    inputs = [images, *network.parameters()]
+
+    def run(network: Any, precision: torch.dtype | None) -> Tensor:
+        with torch.autocast(DEVICE, precision, enabled=precision is not None):
+            result = network(images).float()
+        return torch.cat([part.flatten() for part in (result.detach(), *gradients(result, inputs))])
+
+    assert pictures.takes(network)
+    found = run(lambda images: pictures.run(network, images), precision)
+    exact, by_library = run(network, None), run(network, precision)
+    apart, usual = (float((one - exact).norm() / exact.norm()) for one in (found, by_library))
+    assert 0 < apart < (1e-4 if precision is None else 2 * usual), (apart, usual)
+
+
+def test_encoders_take_them_unless_told_otherwise(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(pictures, "run", lambda backbone, x: called.append(1) or backbone(x))
+    images = drawn(1, 3, 40, 40)
+    for norm, times in (("batch", 0), ("group", 1)):
+        made = ImageEncoder((3, 40, 40), norm=norm).to(DEVICE)
+        made(images)
+        assert len(called) == times
+    handle = made.backbone[1].register_forward_hook(lambda *_: None)  # who listens to a layer wants it called
+    made(images)
+    assert len(called) == (1 if ON_GPU else 2)
+    handle.remove()
+    use_library(made)
+    called.clear()
+    made(images)
+    assert not called
+
+
+def test_other_networks_are_left_to_pytorch(pictures: ModuleType) -> None:
+    assert not pictures.takes(ImageEncoder((3, 40, 40), norm="batch").backbone)
+    changed = ImageEncoder((3, 40, 40)).backbone
+    changed[4][0].bn2 = nn.Identity()
+    assert not pictures.takes(changed)
+
+
+def test_kernels_that_compute_something_else_are_noticed(pictures: ModuleType) -> None:
+    compare(pictures.normalise, torch.device(DEVICE))
+    with pytest.raises(ArithmeticError):
+        compare(lambda norm, x, **_: norm(x).relu(), torch.device(DEVICE))

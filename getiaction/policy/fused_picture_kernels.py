@@ -1,0 +1,95 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Triton kernels of `fused_pictures.py`: group norm, the addition and the ReLU after it, forwards and backwards."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_kernel(
+    x, weight, bias, residual, out, statistics, places, size, eps,
+    ADDS: tl.constexpr, RECTIFIES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Normalise one group of one picture; keep its mean and what it was multiplied by."""
+    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
+    known = inside < size
+    channel = group * size + inside
+    corner = row * places * channels + channel
+
+    # Chan et al., 1983: the mean and the sum of squares around it, block by block
+    mean, squares, seen = 0.0, 0.0, 0.0
+    for first in range(0, places, PLACES):
+        mask = (first + place < places) & known
+        value = tl.load(x + corner + (first + place) * channels, mask=mask, other=0.0).to(tl.float32)
+        count = (tl.minimum(places - first, PLACES) * size).to(tl.float32)
+        average = tl.sum(tl.sum(value, 1), 0) / count
+        centred = tl.where(mask, value - average, 0.0)
+        apart, share = average - mean, count / (seen + count)
+        squares += tl.sum(tl.sum(centred * centred, 1), 0) + apart * apart * seen * share
+        mean += apart * share
+        seen += count
+    rate = 1.0 / tl.sqrt(squares / seen + eps)
+    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    tl.store(kept, mean)
+    tl.store(kept + 1, rate)
+
+    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    for first in range(0, places, PLACES):
+        mask = (first + place < places) & known
+        there = corner + (first + place) * channels
+        y = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate * gain + offset
+        if ADDS:
+            y += tl.load(residual + there, mask=mask, other=0.0).to(tl.float32)
+        if RECTIFIES:
+            y = tl.where(y < 0.0, 0.0, y)  # what is no number stays none
+        tl.store(out + there, y, mask=mask)
+
+
+@triton.jit
+def norm_backward_kernel(
+    x, weight, out, statistics, gradient, by_x, by_residual, by_affine, places, size,
+    ADDS: tl.constexpr, RECTIFIES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do."""
+    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
+    known = inside < size
+    channel = group * size + inside
+    corner = row * places * channels + channel
+    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    mean, rate = tl.load(kept), tl.load(kept + 1)
+
+    by_offset, by_gain = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    for first in range(0, places, PLACES):
+        mask = (first + place < places) & known
+        there = corner + (first + place) * channels
+        found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
+        if RECTIFIES:
+            found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
+        if ADDS:
+            tl.store(by_residual + there, found.to(by_residual.dtype.element_ty), mask=mask)
+        normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
+        by_offset += tl.sum(found, 0)
+        by_gain += tl.sum(found * normal, 0)
+    alone = tl.arange(0, CHANNELS)
+    each, own = row * channels + group * size + alone, alone < size
+    tl.store(by_affine + each, by_gain, mask=own)
+    tl.store(by_affine + tl.num_programs(0) * channels + each, by_offset, mask=own)
+
+    gains = tl.load(weight + group * size + alone, mask=own, other=0.0).to(tl.float32)
+    average = tl.sum(by_offset * gains, 0) / (places * size)
+    along = tl.sum(by_gain * gains, 0) / (places * size)
+    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    for first in range(0, places, PLACES):
+        mask = (first + place < places) & known
+        there = corner + (first + place) * channels
+        found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
+        if RECTIFIES:
+            found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
+        normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
+        result = rate * (found * gain - average - normal * along)
+        tl.store(by_x + there, result.to(by_x.dtype.element_ty), mask=mask)

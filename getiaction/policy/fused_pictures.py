@@ -1,0 +1,131 @@
+"""A ResNet with group norm on a CUDA GPU: what lies between two convolutions as one kernel, in channels-last order.
+
+PyTorch's group norm takes pictures with the channels first only, so it copies before, and the next convolution after;
+the addition and the ReLU are kernels of their own. Here norm, addition and ReLU read their input and write their output
+once, as the convolutions leave and take them. The maths is the same, in float32.
+
+Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from getiaction.policy.fused_picture_kernels import norm_backward_kernel, norm_kernel
+
+HELD = 4096  # numbers that a program holds at a time
+NUMBERS_A_WARP = 512
+LAST = torch.channels_last
+
+
+class _Norm(torch.autograd.Function):
+    """Normalise groups of x (B, C, H, W), add `residual`, cut off what is negative; float32, channels last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        groups: int,
+        eps: float,
+        rectify: bool,
+    ) -> Tensor:
+        rows, channels, height, width = x.shape
+        places, size = height * width, channels // groups
+        out = torch.empty_like(x, dtype=torch.float32, memory_format=LAST)
+        statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
+        around = None if residual is None else residual.contiguous(memory_format=LAST)
+        with torch.cuda.device_of(x):
+            norm_kernel[rows, groups](
+                x, weight, bias, x if around is None else around, out, statistics, places, size, eps,
+                ADDS=around is not None, RECTIFIES=rectify, **tile(places, size),
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight, out if rectify else None, statistics)
+        ctx.groups, ctx.residual = groups, None if residual is None else residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out, statistics = ctx.saved_tensors
+        gradient = gradients[0].contiguous(memory_format=LAST)
+        rows, channels, height, width = x.shape
+        places, size = height * width, channels // ctx.groups
+        by_x = torch.empty_like(x, memory_format=LAST)
+        by_residual = None if ctx.residual is None else torch.empty_like(x, dtype=ctx.residual, memory_format=LAST)
+        by_affine = torch.empty((2, rows, channels), dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):
+            norm_backward_kernel[rows, ctx.groups](
+                x, weight, x if out is None else out, statistics, gradient, by_x,
+                by_x if by_residual is None else by_residual, by_affine, places, size,
+                ADDS=by_residual is not None, RECTIFIES=out is not None, **tile(places, size),
+            )  # fmt: skip
+        by_weight, by_bias = by_affine.sum(1).to(weight.dtype)
+        return by_x, by_weight, by_bias, by_residual, None, None, None
+
+
+def tile(places: int, size: int) -> dict[str, int]:
+    """Return how much of a group a program holds at a time, and how many warps share the work."""
+    channels = triton.next_power_of_2(size)
+    held = min(triton.next_power_of_2(places), max(HELD // channels, 1))
+    return {"PLACES": held, "CHANNELS": channels, "num_warps": max(1, min(8, held * channels // NUMBERS_A_WARP))}
+
+
+def normalise(norm: nn.GroupNorm, x: Tensor, *, residual: Tensor | None = None, rectify: bool = False) -> Tensor:
+    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; by PyTorch's kernels if channels do not lie last."""
+    if x.is_contiguous(memory_format=LAST) and len(x):
+        return _Norm.apply(x, norm.weight, norm.bias, residual, norm.num_groups, norm.eps, rectify)
+    y = norm(x)
+    y = y if residual is None else y + residual
+    return functional.relu(y) if rectify else y
+
+
+def takes(backbone: nn.Sequential) -> bool:
+    """Tell whether `run` can do what a network does: a torchvision ResNet without its head, with group norm."""
+    layers: list[Any] = list(backbone)
+    if [type(layer) for layer in layers[1:4]] != [nn.GroupNorm, nn.ReLU, nn.MaxPool2d]:
+        return False
+    blocks = [block for stage in layers[4:] for block in stage]
+    if any(type(block) not in (BasicBlock, Bottleneck) for block in blocks):
+        return False
+    ways = [block.downsample for block in blocks if block.downsample is not None]
+    if any(len(way) != 2 for way in ways):
+        return False
+    norms = [layers[1], *(norm for block in blocks for _, norm in pairs_of(block)), *(way[1] for way in ways)]
+    return all(type(norm) is nn.GroupNorm and norm.affine for norm in norms)
+
+
+def run(backbone: nn.Sequential, pictures: Tensor) -> Tensor:
+    """Do what such a network does: (B, C, H, W) to (B, C', h, w)."""
+    layers: list[Any] = list(backbone)
+    convolution, norm, _, pool, *stages = layers
+    x = pool(normalise(norm, convolution(pictures), rectify=True))
+    for stage in stages:
+        for block in stage:
+            x = run_block(block, x)
+    return x
+
+
+def run_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    """Do what a residual block does."""
+    way = cast(Any, block.downsample)
+    residual = x if way is None else normalise(way[1], way[0](x))
+    *firsts, (last, last_norm) = pairs_of(block)
+    for convolution, norm in firsts:
+        x = normalise(norm, convolution(x), rectify=True)
+    return normalise(last_norm, last(x), residual=residual, rectify=True)
+
+
+def pairs_of(block: nn.Module) -> list[tuple[Any, Any]]:
+    """Return a block's convolutions, each with its norm, in order."""
+    names = [(f"conv{number}", f"bn{number}") for number in (1, 2, 3)]
+    return [(getattr(block, one), getattr(block, other)) for one, other in names if hasattr(block, one)]

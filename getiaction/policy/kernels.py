@@ -1,0 +1,95 @@
+"""Find the kernels for GPUs, where they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy.replay import first_line, is_watched
+
+log = logging.getLogger(__name__)
+TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
+    """Return `fused.py` for a layer that sees x (B, C, T), or None where its kernels do not run."""
+    if x.device.type != "cuda" or x.ndim != 3 or not len(x) or torch.compiler.is_compiling() or layer.by_library:
+        return None
+    return find_kernels() if x.dtype in TAKEN else None
+
+
+def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None:
+    """Return `fused_pictures.py` for a ResNet that sees x (B, C, H, W), or None where PyTorch's layers are called."""
+    if x.device.type != "cuda" or not len(x) or torch.compiler.is_compiling() or x.dtype not in TAKEN:
+        return None
+    if getattr(backbone, "by_library", False) or is_watched(*backbone.modules()):
+        return None
+    kernels = find_picture_kernels()
+    return kernels if kernels is not None and kernels.takes(backbone) else None
+
+
+def find_kernels() -> ModuleType | None:
+    """Import the kernels for sequences and try one; return None where there is no Triton, or it cannot compile.
+
+    It needs GPUs of compute capability 7.0, a C compiler, Python's headers, and a folder to write to.
+    """
+    return _find(_try_sequences)
+
+
+def find_picture_kernels() -> ModuleType | None:
+    """Import the kernels for pictures and compare them with PyTorch's; return None where they cannot be used."""
+    return _find(_try_pictures) if find_kernels() is not None else None
+
+
+@cache
+def _find(try_out: Callable[[], ModuleType]) -> ModuleType | None:
+    if not torch.cuda.is_available():
+        return None
+    if any(torch.cuda.get_device_capability(number) < (7, 0) for number in range(torch.cuda.device_count())):
+        return None
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            return try_out()
+    except Exception as error:  # whatever a compiler says
+        reason = first_line(error)
+        log.warning("warning: Triton's kernels are not used, PyTorch's slower ones are, on this GPU: %s", reason)
+        return None
+
+
+def _try_sequences() -> ModuleType:
+    from getiaction.policy import fused
+
+    fused.unfold(torch.zeros(1, 1, 2, device="cuda"), kernel=3, stride=1, padding=1, dtype=torch.float32)
+    return fused
+
+
+def _try_pictures() -> ModuleType:
+    from getiaction.policy import fused_pictures
+
+    compare(fused_pictures.normalise, torch.device("cuda"))
+    return fused_pictures
+
+
+def compare(normalise: Callable[..., Tensor], device: torch.device) -> None:
+    """Compare what lies between two convolutions, and its gradients, with PyTorch's.
+
+    Raises:
+        ArithmeticError: they are not the same to rounding (TF32 does not matter here).
+    """
+    norm = nn.GroupNorm(2, 32, device=device)
+    wave = torch.arange(2 * 32 * 20 * 20, device=device).float().view(2, 32, 20, 20).sin()
+    x = wave.contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, norm.weight, norm.bias]
+    ours, theirs = normalise(norm, x, residual=2 * x, rectify=True), (norm(x) + 2 * x).relu()
+    pairs = zip(
+        (ours, *torch.autograd.grad((ours * wave).sum(), inputs)),
+        (theirs, *torch.autograd.grad((theirs * wave).sum(), inputs)),
+        strict=True,
+    )
+    if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs):
+        raise ArithmeticError("they compute something else")
