@@ -100,6 +100,7 @@ def parity(bench: Bench) -> dict[str, float]:
     losses, gradients = [], []
     for device in ("cpu", bench.device):
         policy = build_policy(compose(["+preset=pusht_basic"]), features, {}).to(device)
+        policy.encoders[0].to(memory_format=torch.channels_last)  # as in training: only so the kernels take pictures
         loss = policy({key: value.to(device) for key, value in batch.items()}, noise.to(device), timesteps.to(device))
         loss.backward()
         losses.append(loss.item())
@@ -241,6 +242,13 @@ def compute(bench: Bench) -> dict[str, Any]:
     return {f"{preset}, {batch}": measure(preset, batch, **more) for preset, batch in wanted}
 
 
+def encoder(bench: Bench) -> dict[str, Any]:
+    """Time the ResNet of `pusht_basic`, 128 pictures, by our kernels and by PyTorch's: `benchmarks.encoder`."""
+    from benchmarks.encoder import measure
+
+    return measure(bench.device, batch=2 if bench.small else 128, steps=bench.steps(10))
+
+
 def chunks(bench: Bench) -> dict[str, Any]:
     """Compare one action chunk with LeRobot's, in float32 without TF32: `benchmarks.inference`."""
     from benchmarks.inference import PRESETS, measure
@@ -326,6 +334,7 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
 SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     parity,
     updates,
+    encoder,
     record,
     chunks,
     end_to_end,

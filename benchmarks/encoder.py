@@ -1,0 +1,52 @@
+"""Time the ResNet of `pusht_basic` with the kernels for pictures and with PyTorch's: a section of `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from getiaction.policy import ImageEncoder
+from getiaction.policy.convolution import use_library
+from getiaction.policy.kernels import picture_kernels_for
+
+PRECISIONS = {"tf32": None, "bf16": torch.bfloat16}
+
+
+def measure(device: str, *, batch: int, steps: int) -> dict[str, Any]:
+    """Return milliseconds of the device's work, forward and backward, and how far gradients are apart, relatively.
+
+    Args:
+        batch: pictures of 84x84.
+        steps: how many are averaged, after two.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    images = torch.randn(batch, 3, 84, 84, generator=torch.Generator().manual_seed(0)).to(device)
+    found: dict[str, Any] = {}
+    for precision, dtype in PRECISIONS.items():
+        gradients = {}
+        for name in ("library", "kernels"):
+            torch.manual_seed(0)
+            encoder = ImageEncoder((3, 84, 84)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if name == "library":
+                use_library(encoder)
+            taken = picture_kernels_for(encoder.backbone, images) is not None
+
+            def step(encoder: ImageEncoder = encoder, dtype: torch.dtype | None = dtype) -> None:
+                encoder.zero_grad()
+                with torch.autocast(device, dtype, enabled=dtype is not None):
+                    encoder(images).square().mean().backward()
+
+            step()
+            step()
+            with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as seen:
+                for _ in range(steps):
+                    step()
+            where = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+            total = sum(getattr(one, where) for one in seen.key_averages())
+            found[f"{precision}, {name}"] = {"ms": round(total / steps / 1e3, 3), "kernels": taken}
+            gradients[name] = torch.cat([weight.grad.flatten() for weight in encoder.parameters()])
+        apart = (gradients["kernels"] - gradients["library"]).norm() / gradients["library"].norm()
+        found[f"{precision}, apart"] = float(apart)
+    return found
