@@ -3,7 +3,7 @@
 Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
 convolution and `convolve_by_taps` (getiaction/policy/taps.py) take turns. Then whole steps without their data, with
 `hardware.convolutions=library` and `taps`, turn by turn in one process. `hardware.convolutions=auto` should take them
-on a CPU where this says so: `learns_by_taps` (getiaction/config/run.py) and the bounds in
+on a CPU where this says so: `learns_by_taps` (getiaction/config/placement.py) and the bounds in
 getiaction/policy/convolution.py.
 """
 

@@ -25,6 +25,7 @@ def validate(config: Config, checkpoint: str) -> dict[str, float]:
     """
     from getiaction.config import run
     from getiaction.config.build import build_features
+    from getiaction.config.placement import place
     from getiaction.config.sources import find_data
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.training.validation import evaluating
@@ -38,7 +39,7 @@ def validate(config: Config, checkpoint: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as nowhere:
         accelerator = run.start_accelerator(config, Path(nowhere))
         episodes = run.load_data(config, mixture, accelerator)
-        policy = run.place(policy, config.hardware, accelerator)
+        policy = place(policy, config.hardware, accelerator)
         _, validator = run.build_batches(config, mixture, episodes, policy, accelerator)
         if validator is None:
             raise InputError("no episode is held out: use dataset.val_fraction=0.05, or dataset.val_episodes='[0]'")

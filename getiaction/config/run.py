@@ -29,10 +29,11 @@ from getiaction.config.data import build_batches, load_data, split
 from getiaction.config.evaluation import Evaluation, build_environment, check_environment, flat, say
 from getiaction.config.fine_tuning import check_init_from, start_from
 from getiaction.config.memory import check_memory
+from getiaction.config.placement import place, replays_steps
 from getiaction.config.precision import allow_tf32, choose_precision
 from getiaction.config.problems import report
 from getiaction.config.record import describe_machine
-from getiaction.config.schema import Config, EvaluationConfig, HardwareConfig
+from getiaction.config.schema import Config, EvaluationConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.data.episodes import Episodes
 from getiaction.data.mixture import Mixture
@@ -40,19 +41,16 @@ from getiaction.data.statistics import compute_statistics
 from getiaction.errors import InputError
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
-from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.convolution import use_library, use_taps
 from getiaction.simulation.evaluation import Crowd, Stopped
-from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.heap import keep_freed_memory
-from getiaction.training.loop import Plan, Trainer, check_resumable, resume
+from getiaction.training.loop import Plan, Trainer
 from getiaction.training.memory_order import update_in_memory_order
 from getiaction.training.metrics import MetricsWriter, tracker_setup
-from getiaction.training.ranks import Ranks, Watchdog, from_main
-from getiaction.training.update import can_replay
+from getiaction.training.ranks import Ranks, Watchdog
+from getiaction.training.resume import check_resumable, resume
 
 log = logging.getLogger(__name__)
 
@@ -225,35 +223,6 @@ def check_optimizer(config: Config) -> None:
         schedule.step()
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"optimizer takes no step with what it is given ({error}): {config.optimizer}") from error
-
-
-def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accelerator) -> DiffusionPolicy:
-    """Bring the policy to its device, its norms and memory order as the hardware wants them."""
-    if hardware.sync_batch_norm and accelerator.num_processes > 1:
-        synchronise_batch_norm(policy)
-    policy = policy.to(accelerator.device)
-    if hardware.channels_last:
-        for encoder in policy.encoders:
-            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if hardware.convolutions == "library":
-        use_library(policy)
-    policy.cuda_graphs = hardware.cuda_graphs
-    if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
-        use_taps(policy)
-    return policy
-
-
-def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
-    """Tell whether wide convolutions learn by taps: where they can, on CPUs that are known to be faster so."""
-    can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
-    known = read_cpu("vendor_id") == "GenuineIntel"  # benchmarks/NOTES.md
-    return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))
-
-
-def replays_steps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
-    """Tell whether steps are replayed as CUDA graphs: where they can, and torch.compile makes none itself."""
-    makes_its_own = hardware.compile and hardware.compile_mode != "default"
-    return hardware.cuda_graphs and not makes_its_own and can_replay(accelerator)
 
 
 def make_plan(config: Config, samples: int, global_batch_size: int) -> Plan:

@@ -232,15 +232,8 @@ class UnrolledUnet:
         norm, track = exactly(norm, nn.GroupNorm), self._track(x.shape[1], x.shape[2])
         sizes = (x.shape[0], x.shape[2], x.shape[1])  # B, C, T
         pictures, out = as_picture(x), as_picture(track.inner)
-        groups = partial(
-            torch.native_group_norm,
-            pictures,
-            norm.weight.detach(),
-            norm.bias.detach(),
-            *sizes,
-            norm.num_groups,
-            norm.eps,
-        )
+        affine = norm.weight.detach(), norm.bias.detach()
+        groups = partial(torch.native_group_norm, pictures, *affine, *sizes, norm.num_groups, norm.eps)
         if film is not None:
             values = film[..., None, None]  # (S, B, C' or 2C', 1, 1)
             if scales:

@@ -15,8 +15,8 @@ import wandb
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
+from getiaction.config import placement, run
 from getiaction.config import precision as precision_module
-from getiaction.config import run
 from getiaction.errors import TrainingError
 from getiaction.interop.lerobot import load_policy
 from getiaction.policy import convolution
@@ -72,8 +72,8 @@ def test_what_ran_before_in_the_process_changes_nothing(tiny: Any, helpers: Any,
 
 
 def test_data_on_the_host_train_the_same(tiny: Any, helpers: Any, tmp_path: Path) -> None:
-    for placement in ("device", "host"):
-        tiny.fit(tmp_path / placement, f"hardware.data_placement={placement}")
+    for where in ("device", "host"):
+        tiny.fit(tmp_path / where, f"hardware.data_placement={where}")
     helpers.assert_same_bits(tmp_path / "device", tmp_path / "host", step=4)
 
 
@@ -281,7 +281,7 @@ def test_taps_are_taken_where_they_are_known_to_be_faster(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "read_cpu", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(placement, "read_cpu", {"vendor_id": vendor}.get)
     trainer = tiny.trainer(tmp_path, *WIDE, *overrides)
     assert any(getattr(layer, "by_taps", False) for layer in trainer.policy.modules()) is by_taps
 

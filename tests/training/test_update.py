@@ -12,8 +12,8 @@ from torch import nn
 from getiaction.config import run
 from getiaction.config.sources import find_data
 from getiaction.training.checkpoint import read_average, read_state
-from getiaction.training.loop import resume
 from getiaction.training.metrics import read_metrics
+from getiaction.training.resume import resume
 from getiaction.training.update import Rates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
