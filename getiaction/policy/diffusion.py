@@ -6,6 +6,7 @@ Source: Chi et al., "Diffusion Policy", arXiv:2303.04137; DDPM: Ho et al., arXiv
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch.nn import functional
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.features import Features
+from getiaction.policy.kernels import cast_once
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
 from getiaction.policy.replay import LOCK, Replays, can_replay, launching
@@ -260,10 +262,11 @@ class DiffusionPolicy(nn.Module):
         unrolled = unroll(unet, films, self.horizon)
         scale = getattr(scheduler, "scale_model_input", None)  # flow matching needs none
         sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        for number, timestep in enumerate(timesteps):
-            noisy = scale(sample, timestep) if scale else sample
-            output = unrolled(noisy, number) if unrolled else unet.denoise(noisy, [film[number] for film in films])
-            sample = take(output.float(), number, sample, generator)
+        with cast_once() if cond.device.type == "cuda" else contextlib.nullcontext():
+            for number, timestep in enumerate(timesteps):
+                noisy = scale(sample, timestep) if scale else sample
+                output = unrolled(noisy, number) if unrolled else unet.denoise(noisy, [film[number] for film in films])
+                sample = take(output.float(), number, sample, generator)
         return sample
 
     def _draw(self, count: int, generator: Noise) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from getiaction.policy.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
+from getiaction.policy.kernels import cast
 
 BLOCK = 1024  # numbers that a program copies
 LARGEST = 16384  # numbers of a group that a program holds
@@ -79,10 +80,10 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         dtype, kernel = multiplied_in(x, weight), weight.shape[2]
-        multiplied = weight.to(dtype)
+        multiplied = cast(weight, dtype)
         rows = unfold(x, kernel, stride, padding, dtype)
         matrix = multiplied.flatten(1).t()
-        product = rows @ matrix if bias is None else torch.addmm(bias.to(dtype), rows, matrix)  # (B T', C')
+        product = rows @ matrix if bias is None else torch.addmm(cast(bias, dtype), rows, matrix)  # (B T', C')
         ctx.save_for_backward(x, multiplied)
         ctx.types, ctx.window = (weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
         return product.view(len(x), -1, len(weight)).transpose(1, 2)
@@ -110,7 +111,7 @@ class _TransposedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
         dtype, kernel = multiplied_in(x, weight), weight.shape[2]
-        multiplied, steps = weight.to(dtype), (x.shape[2] - 1) * stride - 2 * padding + kernel
+        multiplied, steps = cast(weight, dtype), (x.shape[2] - 1) * stride - 2 * padding + kernel
         windows = unfold(x, 1, 1, 0, dtype) @ multiplied.flatten(1)  # (B T, C' k)
         ctx.save_for_backward(x, multiplied)
         ctx.types, ctx.window = (weight.dtype, bias.dtype), (kernel, stride, padding)

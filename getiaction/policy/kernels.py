@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -14,6 +16,7 @@ from getiaction.policy.replay import first_line, is_watched
 
 log = logging.getLogger(__name__)
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("casts", default=None)
 
 
 def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
@@ -93,3 +96,24 @@ def compare(normalise: Callable[..., Tensor], device: torch.device) -> None:
     )
     if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs):
         raise ArithmeticError("they compute something else")
+
+
+@contextlib.contextmanager
+def cast_once() -> Iterator[None]:
+    """Let `cast` keep what it makes, for calls without gradients that use the same weights again and again."""
+    token = _CASTS.set({})
+    try:
+        yield
+    finally:
+        _CASTS.reset(token)
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in a type."""
+    kept = _CASTS.get()
+    if weight.dtype == dtype or kept is None:
+        return weight.to(dtype)
+    place = id(weight), dtype
+    if place not in kept:
+        kept[place] = weight.to(dtype)
+    return kept[place]

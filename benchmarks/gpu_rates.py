@@ -1,0 +1,179 @@
+"""Measure how fast a device trains and acts: sections of `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_bench import QUIET, Bench
+from getiaction.config.compose import compose
+from getiaction.training.metrics import read_metrics
+
+PICTURE_PRESETS = ("pusht_basic", "pusht_advanced", "pusht_fast", "pusht_multigpu")
+WAYS: dict[str, tuple[str, ...]] = {
+    "as_it_is": (),
+    "channels_first": ("hardware.channels_last=false",),
+    "compiled": ("hardware.compile=true",),
+    "compiled_channels_first": ("hardware.compile=true", "hardware.channels_last=false"),
+    "plain_launches": ("hardware.cuda_graphs=false",),
+    "library": ("hardware.convolutions=library",),
+}
+
+
+def precisions(bench: Bench) -> dict[str, Any]:
+    """Train `pusht_laptop` in each precision (fp16 with its gradient scaler): rate and last loss."""
+    found = {}
+    steps = bench.steps(600)
+    for precision in ("no", "bf16", *(["fp16"] if bench.device == "cuda" else [])):
+        short = [f"training.max_steps={steps}", f"training.log_every={max(steps // 12, 1)}", *QUIET]
+        bench.train(
+            precision,
+            *(
+                "+preset=pusht_laptop",
+                f"hardware.mixed_precision={precision}",
+                "evaluation.final_episodes=null",
+                *short,
+            ),
+        )
+        found[precision] = bench.rate(precision)
+    return found
+
+
+def presets(bench: Bench) -> dict[str, Any]:
+    """Measure each preset for pictures as it stands, and compiled."""
+    modes = {"": (), "_compiled": ("hardware.compile=true",)}
+    return {
+        f"{preset}{mode}": rate_of(bench, f"{preset}{mode}", preset, *more)
+        for preset in PICTURE_PRESETS
+        for mode, more in modes.items()
+        if not (mode and bench.small)
+    }
+
+
+def ways(bench: Bench) -> dict[str, Any]:
+    """Measure other ways to train `pusht_basic`, in bf16: memory order with group norm, CUDA graphs."""
+    found = {}
+    for name, more in WAYS.items():
+        if not (bench.small and any("compile" in one for one in more)):
+            found[name] = rate_of(bench, name, "pusht_basic", "hardware.mixed_precision=bf16", *more)
+    return found
+
+
+def rate_of(bench: Bench, name: str, preset: str, *more: str) -> dict[str, Any]:
+    """Train a preset from pictures for a few steps; return its rate."""
+    data = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
+    episodes = [] if bench.pictures else ["dataset.episodes=[0,1,2,3]"]
+    small = ["training.batch_size=2"] if bench.small else []
+    short = (f"training.max_steps={bench.steps(60)}", "training.log_every=2", *small, *QUIET)
+    alone = ("hardware.num_processes=1", "backbone.weights=null")
+    bench.train(name, f"+preset={preset}", *data, *episodes, *short, *alone, *more)
+    return bench.rate(name)
+
+
+def evaluation(bench: Bench) -> dict[str, Any]:
+    """Time 500 episodes of the policy that `precisions` trained."""
+    episodes, out = 4 if bench.small else 500, bench.folder / "evaluate"
+    command = [sys.executable, "-m", "getiaction.evaluate", f"checkpoint={bench.folder / 'no'}", f"episodes={episodes}"]
+    command += [f"output_dir={out}", f"device={bench.device}"]
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    return {"episodes": episodes, "seconds": round(seconds, 1), "episodes_per_min": round(60 * episodes / seconds, 1)}
+
+
+def compute(bench: Bench) -> dict[str, Any]:
+    """Compare a step without its data with LeRobot's: `benchmarks.compute`."""
+    from benchmarks.compute import measure
+
+    data = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo", "dataset.episodes=[0,1]"]
+    wanted = (
+        [("pusht_fast", 2)] if bench.small else [(p, b) for p in ("pusht_basic", "pusht_advanced") for b in (64, 256)]
+    )
+    rounds, steps = (2, 1) if bench.small else (5, 10)
+    more: dict[str, Any] = {"data": data, "device": bench.device, "rounds": rounds, "steps": steps, "compiled": False}
+    return {f"{preset}, {batch}": measure(preset, batch, **more) for preset, batch in wanted}
+
+
+def encoder(bench: Bench) -> dict[str, Any]:
+    """Time the ResNet of `pusht_basic`, 128 pictures, by our kernels and by PyTorch's: `benchmarks.encoder`."""
+    from benchmarks.encoder import measure
+
+    return measure(bench.device, batch=2 if bench.small else 128, steps=bench.steps(10))
+
+
+def chunks(bench: Bench) -> dict[str, Any]:
+    """Compare one action chunk with LeRobot's, in float32 without TF32: `benchmarks.inference`."""
+    from benchmarks.inference import PRESETS, measure
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # training, above, lets it
+    rounds = 2 if bench.small else 20
+    wanted = PRESETS[:1] if bench.small else PRESETS
+    return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}
+
+
+def busy(bench: Bench) -> dict[str, Any]:
+    """Measure which share of a training step the GPU computes: the kernels' time, of the time between steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from getiaction.config.run import build_trainer, start_accelerator
+    from getiaction.config.sources import find_data
+
+    wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
+    pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
+    data = {"pusht_pictures": [], "pusht_basic": [*pictures, "dataset.episodes=[0,1,2,3]"]}
+    steps, found = bench.steps(60), {}
+    for preset, more in list(data.items())[: 1 if bench.small else None]:
+        short = [f"+preset={preset}", *more, f"hardware.device={bench.device}", "hardware.mixed_precision=no", *QUIET]
+        config, folder = compose([*short, "evaluation.final_episodes=null"]), bench.folder / f"busy_{preset}"
+        trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
+        trainer.model.train()
+        coming = trainer.batches.iterate(0, steps + 12)
+
+        def take(count: int, trainer: Any = trainer, coming: Any = coming) -> float:
+            wait()
+            begin = time.perf_counter()
+            for _ in range(count):
+                trainer._optimise(next(coming))
+            wait()
+            return (time.perf_counter() - begin) * 1e3 / count
+
+        take(8)
+        wall = take(steps)
+        with profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU]) as seen:
+            take(3)
+        kernels = sum(one.device_time_total for one in seen.key_averages()) / 3e3
+        found[preset] = {"step_ms": round(wall, 3), "kernels_ms": round(kernels, 3), "busy": round(kernels / wall, 3)}
+    return found
+
+
+def end_to_end(bench: Bench) -> dict[str, Any]:
+    """Train `pusht_basic` beside `lerobot-train`, each with its own process and loader: `benchmarks.train`."""
+    from benchmarks.train import compare
+
+    if not bench.pictures:
+        return {"skipped": "name PushT's dataset with --pictures"}
+    how = {"steps": 4 if bench.small else 30, "rounds": 1, "workers": 4, "threads": torch.get_num_threads()}
+    return compare("pusht_basic", Path(bench.pictures).resolve(), "no", argparse.Namespace(**how))
+
+
+def record(bench: Bench) -> dict[str, Any]:
+    """Train the time-to-quality record's recipe; its policy stays in the folder of `--keep`: `benchmarks.record`."""
+    from benchmarks.keep import training_seconds
+    from benchmarks.record import RECIPE, SMALL, compile_seconds
+    from getiaction.train import train
+
+    folder = (bench.keep or bench.folder) / "record"
+    folder.mkdir(parents=True)
+    more = [*(SMALL if bench.small else []), f"hardware.device={bench.device}"]
+    begin = time.perf_counter()
+    train(compose([*RECIPE, *more, f"output_dir={folder}"]), folder)
+    wall, lines = time.perf_counter() - begin, read_metrics(folder)
+    seconds = training_seconds(lines)
+    compiling = compile_seconds(lines, seconds)
+    return {"training_seconds": seconds, "of_which_compiling": compiling, "wall_seconds": wall, "metrics": lines}
