@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.12 found: install one (pyenv install 3.12, apt install python3.12-venv, or uv python install 3.12), or name it with make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]' --constraint constraints.txt
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip would on one
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib getiaction || true  # on all cores; pip would on one
 	@touch $@
 
 train: setup  ## Train PRESET (pusht_laptop) with ARGS.
