@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from getiaction.config.compose import job_folder
 from getiaction.config.compose import main as hydra_main
+from getiaction.config.folders import job_folder
 from getiaction.config.overrides import command_for
 from getiaction.config.schema import EvaluateConfig
 from getiaction.simulation.metrics import Summary

@@ -6,8 +6,8 @@ import contextlib
 import logging
 from pathlib import Path
 
-from getiaction.config.compose import job_folder
 from getiaction.config.compose import main as hydra_main
+from getiaction.config.folders import job_folder
 from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import TrainingError

@@ -7,9 +7,7 @@ import difflib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from datetime import datetime
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +15,12 @@ from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from getiaction.config.folders import run_folder
 from getiaction.config.help import help_text
 from getiaction.config.schema import Config
 from getiaction.config.sweep import in_sweep, sweep_folder
@@ -261,63 +259,3 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("getiaction_run_folder", run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("getiaction_sweep_folder", sweep_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("getiaction_packaged", lambda path: str(_PACKAGE / path), replace=True)
-
-
-def slurm_folder(name: str) -> str:
-    """Return the run folder that a SLURM job finds again when it is back from the queue.
-
-    Raises:
-        InputError: this is no such job.
-    """
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"outputs/{name}/slurm_{job}"
-    raise InputError(
-        "training.resume=auto goes on with the run in output_dir, which has another name at each start: give "
-        "output_dir=<folder>"
-    )
-
-
-def job_folder(output_dir: str) -> Path:
-    """Return the folder of this Hydra job.
-
-    Raises:
-        InputError: `output_dir` was given, and Hydra takes another.
-    """
-    job = HydraConfig.get()
-    folder = Path(job.runtime.output_dir)
-    given = [item for item in job.overrides.task if item.lstrip("+").startswith("output_dir=")]
-    if given and Path(output_dir).resolve() != folder.resolve():
-        instead = "give hydra.sweep.dir=<folder> for all runs of a sweep" if in_sweep() else "leave hydra.run.dir out"
-        raise InputError(f"{given[-1]} would be passed over, since Hydra's folder is {folder}: {instead}")
-    return folder
-
-
-def run_folder(name: str, resume: Any) -> str:
-    """Return a new folder outputs/<name>/<date_time>, or the one that `resume` names (true: the newest).
-
-    Raises:
-        InputError: there is nothing to resume.
-    """
-    if resume in (None, False, "auto"):
-        if resume == "auto" and not in_sweep():
-            return slurm_folder(name)
-        if int(os.environ.get("RANK", 0)) > 0:  # only rank 0 writes; Hydra wants a folder on every rank
-            return str(Path(tempfile.gettempdir()) / f"getiaction-{os.getuid()}-rank-{os.environ['RANK']}")
-        folder = Path(f"outputs/{name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
-        twins = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 1000))
-        return str(next(path for path in (folder, *twins) if not path.exists()))
-    if resume is True:
-        pattern = "*/*" if name == "default" else f"{name}/*"
-        runs = [path.parent for path in Path("outputs").glob(f"{pattern}/checkpoints")]
-        if not runs:
-            raise InputError(
-                f"training.resume=true finds no run with a checkpoint in outputs/{'' if name == 'default' else name}"
-            )
-        return str(max(runs, key=lambda run: run.stat().st_mtime))
-    folder = Path(str(resume))
-    if not (folder / "checkpoints").is_dir():
-        raise InputError(
-            f"training.resume={resume} is no run folder with checkpoints: give outputs/<name>/<date_time>, or true "
-            "for the newest"
-        )
-    return str(folder)

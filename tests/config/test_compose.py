@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from getiaction.config.compose import ALIASES, compose, known_keys, run_folder
+from getiaction.config.compose import ALIASES, compose, known_keys
+from getiaction.config.folders import run_folder
 from getiaction.errors import InputError
 
 MISTAKES = [

@@ -17,7 +17,8 @@ import torch
 from torchvision.transforms.v2.functional import resize as torchvision_resize
 
 from getiaction.data import cache
-from getiaction.data.cache import load_episodes, make_room, reserve
+from getiaction.data.cache import load_episodes
+from getiaction.data.cache_folder import make_room, reserve
 from getiaction.data.episodes import Episodes
 from getiaction.data.frames import resize
 from getiaction.data.metadata import find_dataset
