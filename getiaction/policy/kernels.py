@@ -16,7 +16,7 @@ from getiaction.policy.replay import first_line, is_watched
 
 log = logging.getLogger(__name__)
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
-_CASTS: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("casts", default=None)
+_CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
 
 
 def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
@@ -115,5 +115,5 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     place = id(weight), dtype
     if place not in kept:
-        kept[place] = weight.to(dtype)
-    return kept[place]
+        kept[place] = weight, weight.to(dtype)  # the first keeps others from having its place
+    return kept[place][1]
