@@ -16,7 +16,8 @@ class Copy:
     """Keep a copy of a weight.
 
     PyTorch counts changes, but not those through `weight.data` or NumPy, as some averages of weights and some loaders
-    make them. So a few numbers of each weight are compared as well: who trains, averages or loads changes all of them.
+    make them. So a few numbers of each weight are compared as well: who averages or loads changes all of them. What
+    only `weight.data[some] = ...` changes may stay unseen: write `with torch.no_grad(): weight[some] = ...`.
 
     Args:
         weight: a matrix, or the transpose of one. It may change, but must stay where it is.
@@ -36,8 +37,24 @@ class Copy:
         count = None if self._few.is_inference() else self._few._version
         if self._seen is not None and self._seen[0] == count and torch.equal(self._seen[1], self._few):
             return
-        self.copy.copy_(self._source)
+        matrices = self.copy.shape[-2:]
+        for copy, source in zip(self.copy.view(-1, *matrices), self._source.reshape(-1, *matrices), strict=True):
+            copy.copy_(source)  # a matrix is transposed block by block, a stack of them number by number
         self._seen = count, self._few.clone()
+
+
+class Copies:
+    """Keep the copies of a network's weights, each once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Copy] = {}
+
+    def find(self, weight: Tensor, source: Tensor, dtype: torch.dtype) -> Copy:
+        """Return the copy of a weight, or make it; see `Copy`."""
+        key = source.data_ptr(), source.shape, source.stride(), dtype
+        if key not in self._kept:
+            self._kept[key] = Copy(weight, source, dtype)
+        return self._kept[key]
 
 
 @cache

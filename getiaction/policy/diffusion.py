@@ -25,7 +25,7 @@ from getiaction.policy.normalizer import Normalizer
 from getiaction.policy.replay import LOCK, Replays, can_replay, launching
 from getiaction.policy.steps import Generators, Noise, draw_all, known_steps, start
 from getiaction.policy.unet import ConditionalUnet1d
-from getiaction.policy.unrolled import unroll
+from getiaction.policy.unroll import unroll
 
 
 class DiffusionModel(nn.Module):

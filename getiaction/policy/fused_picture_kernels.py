@@ -46,7 +46,7 @@ def norm_kernel(
             y += tl.load(residual + there, mask=mask, other=0.0).to(tl.float32)
         if RECTIFIES:
             y = tl.where(y < 0.0, 0.0, y)  # what is no number stays none
-        tl.store(out + there, y, mask=mask)
+        tl.store(out + there, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

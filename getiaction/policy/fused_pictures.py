@@ -26,7 +26,7 @@ LAST = torch.channels_last
 
 
 class _Norm(torch.autograd.Function):
-    """Normalise groups of x (B, C, H, W), add `residual`, cut off what is negative; float32, channels last."""
+    """Normalise groups of x (B, C, H, W), add `residual`, cut off what is negative; channels last."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,8 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         rows, channels, height, width = x.shape
         places, size = height * width, channels // groups
-        out = torch.empty_like(x, dtype=torch.float32, memory_format=LAST)
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype  # as PyTorch's
+        out = torch.empty_like(x, dtype=dtype, memory_format=LAST)
         statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
         around = None if residual is None else residual.contiguous(memory_format=LAST)
         with torch.cuda.device_of(x):
@@ -94,8 +95,10 @@ def takes(backbone: nn.Sequential) -> bool:
     layers: list[Any] = list(backbone)
     if [type(layer) for layer in layers[1:4]] != [nn.GroupNorm, nn.ReLU, nn.MaxPool2d]:
         return False
+    if any(type(stage) is not nn.Sequential for stage in layers[4:]):
+        return False
     blocks = [block for stage in layers[4:] for block in stage]
-    if any(type(block) not in (BasicBlock, Bottleneck) for block in blocks):
+    if any(type(block) not in (BasicBlock, Bottleneck) or type(block.relu) is not nn.ReLU for block in blocks):
         return False
     ways = [block.downsample for block in blocks if block.downsample is not None]
     if any(len(way) != 2 for way in ways):

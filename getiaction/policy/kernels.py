@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -16,6 +15,7 @@ from getiaction.policy.replay import first_line, is_watched
 
 log = logging.getLogger(__name__)
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+_FOUND: dict[Callable[[], ModuleType], ModuleType | None] = {}
 _CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
 
 
@@ -32,6 +32,9 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
         return None
     if getattr(backbone, "by_library", False) or is_watched(*backbone.modules()):
         return None
+    weight = next(backbone.parameters())
+    if not any(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, x)):
+        return None  # nor will what the convolutions make lie so
     kernels = find_picture_kernels()
     return kernels if kernels is not None and kernels.takes(backbone) else None
 
@@ -49,8 +52,15 @@ def find_picture_kernels() -> ModuleType | None:
     return _find(_try_pictures) if find_kernels() is not None else None
 
 
-@cache
 def _find(try_out: Callable[[], ModuleType]) -> ModuleType | None:
+    if try_out not in _FOUND:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # somebody's own graph, in which nothing can be tried
+        _FOUND[try_out] = _try(try_out)
+    return _FOUND[try_out]
+
+
+def _try(try_out: Callable[[], ModuleType]) -> ModuleType | None:
     if not torch.cuda.is_available():
         return None
     if any(torch.cuda.get_device_capability(number) < (7, 0) for number in range(torch.cuda.device_count())):
@@ -111,7 +121,7 @@ def cast_once() -> Iterator[None]:
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight in a type."""
     kept = _CASTS.get()
-    if weight.dtype == dtype or kept is None:
+    if weight.dtype == dtype or kept is None or not isinstance(weight, nn.Parameter):  # made for this call, say
         return weight.to(dtype)
     place = id(weight), dtype
     if place not in kept:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.modules import module as hooks
 log = logging.getLogger(__name__)
 # Nobody may draw from the device's generator, or wait for the device, while a graph is captured.
 LOCK = threading.RLock()
-WARM_UP = 2  # calls of a thread before it captures: cuDNN and cuBLAS choose, and allocate, what they need
+WARM_UP = 2  # calls before the capture: cuDNN and cuBLAS choose, and allocate, what they need
 GLOBAL_HOOKS = (
     hooks._global_forward_hooks,
     hooks._global_forward_pre_hooks,
@@ -41,10 +42,11 @@ class Replay:
             lie; their values may change. It should not hold what holds this object: a graph's memory would wait for
             the garbage collector.
         device: a GPU.
+        is_pure: the function changes nothing, so a thread may call it and capture it at once.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self._function, self._device = function, device
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, *, is_pure: bool = False) -> None:
+        self._function, self._device, self._is_pure, self._calls = function, device, is_pure, 0
         self._warm = threading.local()  # cuBLAS and cuDNN keep what they need for each thread
         self._stream = torch.cuda.Stream(device)  # of all calls: autograd remembers which one a gradient comes from
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -63,10 +65,15 @@ class Replay:
             return self._replay_or_call(inputs)
 
     def _replay_or_call(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        calls = getattr(self._warm, "calls", 0)
-        if self._graph is None and calls >= WARM_UP and not self._refused:
+        before, here = self._calls, getattr(self._warm, "calls", 0)
+        self._calls, self._warm.calls = before + 1, here + 1
+        wanted = self._graph is None and not self._refused and before >= WARM_UP
+        if wanted and here >= WARM_UP:
             self._capture(inputs)
-        self._warm.calls = calls + 1
+        elif wanted and self._is_pure:  # threads that call once each
+            result = self._call(inputs)
+            self._capture(inputs)
+            return result
         if self._graph is None:
             return self._call(inputs)
         for kept, given in zip(self._inputs, inputs, strict=True):
@@ -198,7 +205,7 @@ class Replays:
             if self._done is not None:
                 here.wait_event(self._done)  # another stream may have been here
             if key not in self._kept:
-                self._kept[key] = Replay(make(), inputs[0].device)
+                self._kept[key] = Replay(make(), inputs[0].device, is_pure=True)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
@@ -211,29 +218,40 @@ class Replays:
 
 
 class Held:
-    """Remember which layers a module has, and where their weights lie; the module itself it does not hold."""
+    """Remember which layers a module has, and where their weights lie; it holds none of them itself."""
 
     def __init__(self, module: nn.Module) -> None:
-        layers = list(module.modules())
-        self._layers = [(one._modules, name, id(child)) for one in layers for name, child in one._modules.items()]
-        self._places = [
-            (store, name, value.data_ptr())
-            for one in layers
-            for store in (one._parameters, one._buffers)
-            for name, value in store.items()
-            if value is not None
-        ]
-        self._hooks = [hooks for one in layers for hooks in hooks_of(one)]
+        self._layers = [(weakref.ref(layer), children_of(layer), places_of(layer)) for layer in module.modules()]
 
     def unchanged(self) -> bool:
         """Tell whether all layers are what they were, and their weights lie where they did."""
-        return all(id(store.get(name)) == layer for store, name, layer in self._layers) and all(
-            (value := store.get(name)) is not None and value.data_ptr() == place for store, name, place in self._places
-        )
+        for held, children, places in self._layers:
+            layer = held()
+            if layer is None or layer._modules.keys() != children.keys() or places_of(layer) != places:
+                return False
+            if any(layer._modules[name] is not child() for name, child in children.items()):
+                return False
+        return True
 
     def watched(self) -> bool:
         """Tell whether somebody listens to a layer, whom a replay would not call."""
-        return any(self._hooks) or any(GLOBAL_HOOKS)
+        layers = [layer for held, _, _ in self._layers if (layer := held()) is not None]
+        return is_watched(*layers)
+
+
+def children_of(layer: nn.Module) -> dict[str, Callable[[], nn.Module | None]]:
+    """Return what tells a layer's children, by name, without holding them; None is a child, too."""
+    return {name: weakref.ref(child) if child is not None else _nothing for name, child in layer._modules.items()}
+
+
+def _nothing() -> None:
+    return None
+
+
+def places_of(layer: nn.Module) -> list[tuple[str, int | None]]:
+    """Return where a layer's own weights and buffers lie."""
+    own = (*layer._parameters.items(), *layer._buffers.items())
+    return [(name, None if value is None else value.data_ptr()) for name, value in own]
 
 
 def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:

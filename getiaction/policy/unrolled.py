@@ -8,59 +8,21 @@ one copy, of its windows, and one matrix product that takes the weights as they 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from getiaction.policy.activation import mish_
 from getiaction.policy.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.copies import Copy, read_faster_in_columns
-from getiaction.policy.replay import Held
+from getiaction.policy.copies import Copies, Copy, read_faster_in_columns
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
 FEW = 32  # rows of a product that the library does in one thread
-
-
-class Kept(threading.local):
-    """Keep the last ones of each U-Net, one for each type, for each thread its own: they are written to at work."""
-
-    def __init__(self) -> None:
-        self.unrolled: WeakKeyDictionary[nn.Module, dict[torch.dtype, UnrolledUnet]] = WeakKeyDictionary()
-
-
-KEPT = Kept()
-
-
-def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
-    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
-
-    Under autocast to bf16 it multiplies by bf16 copies of the weights; in float32 on some CPUs by copies of the large
-    ones in another order. They are made again when a weight changed. None if this is no inference on the CPU, or the
-    network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules are not
-    called.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or films[0].device.type != "cpu":
-        return None
-    if type(unet) is not ConditionalUnet1d:
-        return None
-    num_steps, batch_size = films[0].shape[:2]
-    plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
-    kept = KEPT.unrolled.setdefault(unet, {})
-    unrolled = kept.get(plan.dtype)
-    if unrolled is None or not unrolled.fits(plan):
-        try:
-            kept[plan.dtype] = unrolled = UnrolledUnet(unet, plan)
-        except OtherLayerError:
-            return None
-    unrolled.look(films)
-    return unrolled
 
 
 class OtherLayerError(TypeError):
@@ -95,6 +57,13 @@ def multiplied_in(unet: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and own == torch.float32 else own
 
 
+@dataclass
+class Position:
+    """Say at which denoising step it is."""
+
+    step: int = 0
+
+
 @dataclass(frozen=True)
 class Track:
     """Hold a sequence, (B, T, C), between margins of zeros, for the convolutions that look past its ends."""
@@ -115,10 +84,9 @@ class UnrolledUnet:
         unet: its weights are used where they lie, or copied from there, and may change there between two `look`s.
     """
 
-    def __init__(self, unet: ConditionalUnet1d, plan: Plan) -> None:
-        self._plan, self._like, self._number = plan, next(unet.parameters()), 0
-        self._held = Held(unet)
-        self._copies: list[Copy] = []  # of weights
+    def __init__(self, unet: ConditionalUnet1d, plan: Plan, copies: Copies) -> None:
+        self._plan, self._like, self._at = plan, next(unet.parameters()), Position()
+        self._shared, self._copies = copies, list[Copy]()  # of weights; those that are used here
         self._calls: list[Callable[[], object]] = []
         self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
         self._margin = max(unet.kernel_size // 2, 1)
@@ -137,10 +105,6 @@ class UnrolledUnet:
         convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
         self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
 
-    def fits(self, plan: Plan) -> bool:
-        """Tell whether a new one would be the same."""
-        return self._plan == plan and self._held.unchanged()
-
     @torch.inference_mode()
     def look(self, films: Sequence[Tensor]) -> None:
         """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
@@ -152,7 +116,7 @@ class UnrolledUnet:
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
         """Predict (B, T, Da) from (B, T, Da) at the denoising step `number`, counted from 0."""
-        self._number = number
+        self._at.step = number
         with torch.autocast("cpu", enabled=False):
             self._input.inner.copy_(noisy_actions)
             for call in self._calls:
@@ -216,7 +180,7 @@ class UnrolledUnet:
         return product.unflatten(0, (self._plan.batch_size, -1))
 
     def _copy_of(self, weight: Tensor, source: Tensor) -> Tensor:
-        self._copies.append(Copy(weight, source, self._plan.dtype))
+        self._copies.append(self._shared.find(weight, source, self._plan.dtype))
         return self._copies[-1].copy
 
     def _normalise(
@@ -231,19 +195,17 @@ class UnrolledUnet:
         """Normalise groups of (B, T, C), Mish, then FiLM or add what went around, into a new track."""
         norm, track = exactly(norm, nn.GroupNorm), self._track(x.shape[1], x.shape[2])
         sizes = (x.shape[0], x.shape[2], x.shape[1])  # B, C, T
-        pictures, out = as_picture(x), as_picture(track.inner)
+        pictures, out, at = as_picture(x), as_picture(track.inner), self._at  # not self, whom its calls would hold
         affine = norm.weight.detach(), norm.bias.detach()
         groups = partial(torch.native_group_norm, pictures, *affine, *sizes, norm.num_groups, norm.eps)
         if film is not None:
             values = film[..., None, None]  # (S, B, C' or 2C', 1, 1)
             if scales:
                 scale, bias = (part.unbind(0) for part in values.chunk(2, dim=2))
-                self._calls.append(
-                    lambda: torch.addcmul(bias[self._number], mish_(groups()[0]), scale[self._number], out=out)
-                )
+                self._calls.append(lambda: torch.addcmul(bias[at.step], mish_(groups()[0]), scale[at.step], out=out))
             else:
                 bias = values.unbind(0)
-                self._calls.append(lambda: torch.add(mish_(groups()[0]), bias[self._number], out=out))
+                self._calls.append(lambda: torch.add(mish_(groups()[0]), bias[at.step], out=out))
         elif residual is not None:
             around = as_picture(residual)
             self._calls.append(lambda: torch.add(mish_(groups()[0]), around, out=out))

@@ -302,6 +302,20 @@ def test_other_networks_are_left_to_pytorch(pictures: ModuleType) -> None:
     changed = ImageEncoder((3, 40, 40)).backbone
     changed[4][0].bn2 = nn.Identity()
     assert not pictures.takes(changed)
+    longer = ImageEncoder((3, 40, 40)).backbone.append(nn.Dropout2d())
+    assert not pictures.takes(longer)
+    smooth = ImageEncoder((3, 40, 40)).backbone
+    smooth[5][1].relu = nn.SiLU()
+    assert not pictures.takes(smooth)
+
+
+def test_pure_bf16_stays_bf16(pictures: ModuleType) -> None:
+    norm, x = nn.GroupNorm(2, 8).to(DEVICE, torch.bfloat16), drawn(2, 8, 4, 4)
+    lying = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    found = pictures.normalise(norm, lying, residual=lying, rectify=True)
+    assert found.dtype == torch.bfloat16
+    exact = functional.relu(functional.group_norm(lying.float(), 2) + lying.float())
+    check(found, exact, [x, norm.weight][:1], 2e-2)
 
 
 def test_kernels_that_compute_something_else_are_noticed(pictures: ModuleType) -> None:

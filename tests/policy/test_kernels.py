@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from getiaction.policy import kernels
-from getiaction.policy.kernels import cast, cast_once
+from getiaction.policy import ImageEncoder, kernels
+from getiaction.policy.convolution import use_library
+from getiaction.policy.kernels import cast, cast_once, picture_kernels_for
 
 HALF = torch.bfloat16
 
@@ -28,21 +32,82 @@ def test_a_weight_is_cast_once_where_that_is_asked_for() -> None:
     assert cast(weight, HALF).requires_grad
 
 
+def test_a_weight_that_is_made_for_a_call_is_not_kept() -> None:
+    with torch.no_grad(), cast_once():
+        for _ in range(20):
+            made = torch.randn(4, 3)
+            assert torch.equal(cast(made, HALF), made.to(HALF))
+        assert not kernels._CASTS.get()
+
+
+def test_functions_of_autograd_see_the_weight_itself() -> None:
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor) -> Tensor:
+            return cast(weight, HALF)
+
+    weight = nn.Parameter(torch.randn(4, 3))
+    with torch.no_grad(), cast_once():
+        assert Seen.apply(weight).data_ptr() == Seen.apply(weight).data_ptr()
+
+
+class OnGpu:
+    """Stand in for pictures on a GPU, as far as anybody looks."""
+
+    device, dtype = torch.device("cuda"), torch.float32
+
+    def __init__(self, rows: int = 1, last: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        self.rows, self.last, self.dtype = rows, last, dtype
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def is_contiguous(self, **_: Any) -> bool:
+        return self.last
+
+
+def test_which_pictures_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(takes=lambda backbone: True)
+    monkeypatch.setattr(kernels, "find_picture_kernels", lambda: found)
+    backbone = ImageEncoder((3, 40, 40)).backbone
+    assert picture_kernels_for(backbone, OnGpu()) is found
+    assert picture_kernels_for(backbone, OnGpu(last=False)) is None
+    backbone.to(memory_format=torch.channels_last)
+    assert picture_kernels_for(backbone, OnGpu(last=False)) is found
+    assert picture_kernels_for(backbone, torch.zeros(1, 3, 40, 40)) is None
+    assert picture_kernels_for(backbone, OnGpu(rows=0)) is None
+    assert picture_kernels_for(backbone, OnGpu(dtype=torch.float64)) is None
+    handle = backbone[4][0].bn1.register_forward_hook(lambda *_: None)
+    assert picture_kernels_for(backbone, OnGpu()) is None
+    handle.remove()
+    use_library(backbone)
+    assert picture_kernels_for(backbone, OnGpu()) is None
+
+
 def test_kernels_that_do_not_run_give_way_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernels._find.cache_clear()
+    monkeypatch.setattr(kernels, "_FOUND", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
 
-    def refuse() -> None:
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def find() -> ModuleType:
+        return kernels
+
+    def refuse() -> ModuleType:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     for _ in range(3):
         assert kernels._find(refuse) is None
     assert caplog.text.count("PyTorch's slower ones are, on this GPU: Failed to find C compiler.") == 1
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (6, 1))
-    kernels._find.cache_clear()
     assert kernels._find(lambda: kernels) is None
-    kernels._find.cache_clear()
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
+    assert kernels._find(find) is None
+    capturing = False
+    assert kernels._find(find) is kernels

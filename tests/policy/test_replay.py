@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Normalizer
+from getiaction.policy.convolution import Conv1d
 from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.replay import Held, Replay, Replays, is_watched
 
@@ -155,9 +157,28 @@ def test_what_a_graph_reads_is_remembered(policy: DiffusionPolicy) -> None:
     assert held.unchanged()
     policy.diffusion.unet.final_conv[1].bias.data = policy.diffusion.unet.final_conv[1].bias.data.clone()
     assert not held.unchanged()
-    held = Held(policy)
-    policy.normalizer = copy.deepcopy(policy.normalizer)
-    assert not held.unchanged()
+    for change in CHANGES:
+        held = Held(policy)
+        assert held.unchanged()
+        change(policy)
+        assert not held.unchanged()
+
+
+def replace_at_its_address(policy: DiffusionPolicy) -> None:
+    """Replace a layer so that the new one may be given the old one's address."""
+    convolution = policy.diffusion.unet.final_conv[1]
+    size = convolution.in_channels, convolution.out_channels
+    del policy.diffusion.unet.final_conv[1], convolution
+    policy.diffusion.unet.final_conv.append(Conv1d(*size, 1))
+
+
+CHANGES: list[Callable[[DiffusionPolicy], object]] = [
+    lambda policy: setattr(policy, "normalizer", copy.deepcopy(policy.normalizer)),
+    *[replace_at_its_address] * 5,
+    lambda policy: setattr(policy.diffusion.unet.final_conv[1], "bias", None),
+    lambda policy: setattr(policy.diffusion.unet.final_conv[1], "bias", nn.Parameter(torch.ones(2))),
+    lambda policy: policy.encoders[0].backbone.append(nn.Dropout2d()),
+]
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])

@@ -86,17 +86,36 @@ def call(replay: Replay, times: int) -> None:
         replay(TWO)
 
 
-def test_a_thread_captures_only_what_it_has_called_itself() -> None:
-    replay = Replay(lambda x: x * 2, CPU)
+def in_a_thread(replay: Replay, times: int) -> None:
+    thread = threading.Thread(target=call, args=(replay, times))
+    thread.start()
+    thread.join()
+
+
+def test_a_step_is_captured_by_a_thread_that_has_taken_some() -> None:
+    calls: list[int] = []
+    replay = Replay(lambda x: calls.append(threading.get_ident()) or x * 2, CPU)
     for _ in range(3):  # cuBLAS has no handle yet in any of these
-        thread = threading.Thread(target=call, args=(replay, WARM_UP))
-        thread.start()
-        thread.join()
+        in_a_thread(replay, WARM_UP)
     assert not replay.captured
     call(replay, WARM_UP)
     assert not replay.captured
     call(replay, 1)
     assert replay.captured
+    assert len(calls) == 4 * WARM_UP + 1
+
+
+def test_what_changes_nothing_may_be_called_once_a_thread() -> None:
+    calls: list[int] = []
+    replay = Replay(lambda x: calls.append(1) or x * 2, CPU, is_pure=True)
+    for _ in range(WARM_UP):
+        in_a_thread(replay, 1)
+    assert not replay.captured
+    in_a_thread(replay, 1)
+    assert replay.captured
+    assert len(calls) == WARM_UP + 2  # a plain one first, so that this thread is warm, and the capture
+    in_a_thread(replay, 1)
+    assert len(calls) == WARM_UP + 2
 
 
 def test_workspaces_are_the_graphs_own(released: list[str]) -> None:

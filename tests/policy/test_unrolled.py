@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch import Tensor
 
 import getiaction.policy.unrolled as unrolled_module
 from getiaction.policy import ConditionalUnet1d
-from getiaction.policy.unrolled import UnrolledUnet, unroll
+from getiaction.policy.convolution import Conv1d
+from getiaction.policy.unroll import KEPT, PLANS, unroll
+from getiaction.policy.unrolled import UnrolledUnet
 
 TIMESTEPS = torch.tensor([90, 10, 0])
 SHAPES: dict[str, dict[str, Any]] = {
@@ -109,6 +113,57 @@ def test_autocast_multiplies_in_bf16_and_sees_new_weights(batch_size: int) -> No
             unet.final_conv[1].weight.data.mul_(-1)  # which PyTorch does not count as a change
             unet.final_conv[1].bias.data.mul_(-1)
         torch.testing.assert_close(denoise(unet, actions, cond)[0], -fast)
+
+
+def test_a_layer_in_the_place_of_another_is_used() -> None:
+    unet = make(down_dims=(16, 32))
+    actions, cond = torch.randn(1, 8, 3).double(), torch.randn(1, 5).double()
+    for _ in range(10):
+        torch.testing.assert_close(*denoise(unet, actions, cond))
+        block = unet.final_conv[0]
+        size = block.block[0].in_channels, block.block[0].out_channels
+        del block.block[0]  # so that the next one may be given its address
+        block.block.insert(0, Conv1d(*size, 5, padding=2).double())
+    del unet.final_conv[1]
+    unet.final_conv.append(Conv1d(16, 3, 1).double())
+    torch.testing.assert_close(*denoise(unet, actions, cond))
+
+
+@pytest.mark.usefixtures("_order")
+def test_plans_share_their_copies_and_go_when_nobody_needs_them() -> None:
+    unet = make(torch.float32, down_dims=(64, 256))
+    made: list[weakref.ref[UnrolledUnet]] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for number in range(20):
+                rows = 1 + number % 7
+                unrolled = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(rows, 5)), 4)
+                made.append(weakref.ref(unrolled))
+        alive = {one() for one in made} - {None}
+        assert len(alive) == PLANS
+        copies = [copy for one in alive for copy in one._copies]
+        assert len({id(copy) for copy in copies}) * PLANS == len(copies)
+        alive.clear()
+        del unrolled, copies, unet
+        assert not [one for one in made if one()], "they wait for no collector"
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+
+
+def test_a_network_with_a_hook_that_knows_it_is_freed() -> None:
+    unet = make(down_dims=(16, 32))
+    unet.final_conv[1].register_forward_hook(lambda *_, whole=unet: None)
+    denoise(unet, torch.randn(1, 8, 3).double(), torch.randn(1, 5).double())
+    gone = weakref.ref(unet)
+    assert unet in KEPT.of
+    del unet
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_was_returned_stays_as_it_was() -> None:

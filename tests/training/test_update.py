@@ -126,6 +126,7 @@ def test_a_trainer_that_goes_back_captures_anew(
     trainer.fit()
     weights = {key: value.clone() for key, value in trainer.policy.state_dict().items()}
     checkpoint = tmp_path / "checkpoints" / "000004"
+    trainer.update.replay = trainer.update.replay or object()  # on a CPU there is none to forget
     resume(trainer, read_state(checkpoint), read_average(checkpoint))
     assert (trainer.step, trainer.update.replay) == (4, None)
     trainer.fit()

@@ -1,0 +1,75 @@
+"""Keep unrolled networks: made once, used as long as the weights lie where they do."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy.copies import Copies
+from getiaction.policy.replay import Held
+from getiaction.policy.unet import ConditionalUnet1d
+from getiaction.policy.unrolled import OtherLayerError, Plan, UnrolledUnet, multiplied_in
+
+PLANS = 4  # kept of a U-Net, the ones used last
+
+
+class Kept(threading.local):
+    """Keep what was made for each U-Net, for each thread its own: they are written to at work."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[nn.Module, Unrolled] = WeakKeyDictionary()
+
+
+class Unrolled:
+    """Hold what was made for a U-Net as long as its weights lie where they do: for the last few plans."""
+
+    def __init__(self, unet: ConditionalUnet1d) -> None:
+        self.held, self.copies = Held(unet), Copies()
+        self.plans: OrderedDict[Plan, UnrolledUnet] = OrderedDict()
+
+    def find(self, unet: ConditionalUnet1d, plan: Plan) -> UnrolledUnet:
+        """Return the one of a plan, or make it.
+
+        Raises:
+            OtherLayerError: the network cannot be unrolled.
+        """
+        if plan not in self.plans:
+            self.plans[plan] = UnrolledUnet(unet, plan, self.copies)
+            if len(self.plans) > PLANS:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(plan)
+        return self.plans[plan]
+
+
+KEPT = Kept()
+
+
+def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
+    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
+
+    Under autocast to bf16 it multiplies by bf16 copies of the weights; in float32 on some CPUs by copies of the large
+    ones in another order. They are made again when a weight changed (see `Copy`). None if this is no inference on the
+    CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules
+    are not called.
+    """
+    if films[0].device.type != "cpu":
+        KEPT.of.pop(unet, None)  # what was made before it moved
+        return None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(unet) is not ConditionalUnet1d:
+        return None
+    num_steps, batch_size = films[0].shape[:2]
+    plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
+    kept = KEPT.of.get(unet)
+    if kept is None or not kept.held.unchanged():
+        KEPT.of[unet] = kept = Unrolled(unet)
+    try:
+        unrolled = kept.find(unet, plan)
+    except OtherLayerError:
+        return None
+    unrolled.look(films)
+    return unrolled
