@@ -37,9 +37,7 @@ class Copy:
         count = None if self._few.is_inference() else self._few._version
         if self._seen is not None and self._seen[0] == count and torch.equal(self._seen[1], self._few):
             return
-        matrices = self.copy.shape[-2:]
-        for copy, source in zip(self.copy.view(-1, *matrices), self._source.reshape(-1, *matrices), strict=True):
-            copy.copy_(source)  # a matrix is transposed block by block, a stack of them number by number
+        self.copy.copy_(self._source)
         self._seen = count, self._few.clone()
 
 
