@@ -2,8 +2,8 @@
 
 For a machine that has Python, PyTorch, torchvision, accelerate, pandas, pyarrow, OpenCV and what goes with them already
 (SciPy, matplotlib, einops, psutil, xxhash, safetensors). The packages below, without symbols, tests and type stubs, go
-into `.carry/site.tar.xz` (33 MB), PushT's dataset beside it. Unpack them into a folder that PYTHONPATH names. `.carry` is
-nobody's but this checkout's: put `/.carry/` into `.git/info/exclude`.
+into `.carry/site.tar.xz` (33 MB), PushT's dataset beside it. Unpack them into a folder that PYTHONPATH names. `.carry`
+is nobody's but this checkout's: put `/.carry/` into `.git/info/exclude`.
 """
 
 from __future__ import annotations
