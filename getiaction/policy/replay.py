@@ -176,6 +176,7 @@ class Replays:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Replay] = OrderedDict()
         self._held: Held | None = None
+        self._listeners: Listeners | None = None
         self._done: torch.cuda.Event | None = None
         self._given_up = 0
 
@@ -196,10 +197,10 @@ class Replays:
         """
         key = (kind, rounding(), tuple((one.shape, one.dtype, one.device) for one in inputs))
         with LOCK:  # a graph's inputs and results lie in one place
-            if self._held is None or not self._held.unchanged():
+            if self._held is None or self._listeners is None or not self._held.unchanged():
                 self._kept.clear()
-                self._held, self._given_up = Held(module), 0
-            if self._held.watched() or (key not in self._kept and self._given_up >= PATIENCE):
+                self._held, self._listeners, self._given_up = Held(module), Listeners(module), 0
+            if self._listeners.there() or (key not in self._kept and self._given_up >= PATIENCE):
                 return make()(*inputs)
             here = torch.cuda.current_stream(inputs[0].device)
             if self._done is not None:
@@ -221,30 +222,36 @@ class Held:
     """Remember which layers a module has, and where their weights lie; it holds none of them itself."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [(weakref.ref(layer), children_of(layer), places_of(layer)) for layer in module.modules()]
+        self._layers = [
+            (weakref.ref(layer), children, places)
+            for layer in module.modules()
+            if (children := children_of(layer)) + (places := places_of(layer))
+        ]
 
     def unchanged(self) -> bool:
         """Tell whether all layers are what they were, and their weights lie where they did."""
         for held, children, places in self._layers:
             layer = held()
-            if layer is None or layer._modules.keys() != children.keys() or places_of(layer) != places:
+            if layer is None or len(layer._modules) != len(children):
                 return False
-            if any(layer._modules[name] is not child() for name, child in children.items()):
+            if len(layer._parameters) + len(layer._buffers) != len(places):
                 return False
+            for name, child in children:
+                if layer._modules.get(name) is not child():
+                    return False
+            for name, place in places:
+                weight = layer._parameters.get(name, layer._buffers.get(name))
+                if (None if weight is None else weight.data_ptr()) != place:
+                    return False
         return True
 
-    def watched(self) -> bool:
-        """Tell whether somebody listens to a layer, whom a replay would not call."""
-        layers = [layer for held, _, _ in self._layers if (layer := held()) is not None]
-        return is_watched(*layers)
 
-
-def children_of(layer: nn.Module) -> dict[str, Callable[[], nn.Module | None]]:
+def children_of(layer: nn.Module) -> list[tuple[str, Callable[[], nn.Module | None]]]:
     """Return what tells a layer's children, by name, without holding them; None is a child, too."""
-    return {name: weakref.ref(child) if child is not None else _nothing for name, child in layer._modules.items()}
+    return [(name, weakref.ref(child) if child is not None else _nobody) for name, child in layer._modules.items()]
 
 
-def _nothing() -> None:
+def _nobody() -> None:
     return None
 
 
@@ -252,6 +259,17 @@ def places_of(layer: nn.Module) -> list[tuple[str, int | None]]:
     """Return where a layer's own weights and buffers lie."""
     own = (*layer._parameters.items(), *layer._buffers.items())
     return [(name, None if value is None else value.data_ptr()) for name, value in own]
+
+
+class Listeners:
+    """Know whether somebody listens to a module's layers, whom a replay would not call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hooks = [hooks for layer in module.modules() for hooks in hooks_of(layer)]
+
+    def there(self) -> bool:
+        """Tell whether there is one."""
+        return any(self._hooks) or any(GLOBAL_HOOKS)
 
 
 def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Normalizer
 from getiaction.policy.convolution import Conv1d
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.replay import Held, Replay, Replays, is_watched
+from getiaction.policy.replay import Held, Listeners, Replay, Replays, is_watched
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 CALLS = 5  # two before the capture, the capture, and two replays
@@ -183,22 +183,22 @@ CHANGES: list[Callable[[DiffusionPolicy], object]] = [
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 def test_who_listens_is_noticed(policy: DiffusionPolicy, kind: str) -> None:
-    held, layer = Held(policy), policy.diffusion.unet.final_conv[1]
-    assert not held.watched()
+    listeners, layer = Listeners(policy), policy.diffusion.unet.final_conv[1]
+    assert not listeners.there()
     handle = getattr(layer, f"register_{kind}_hook")(lambda *_: None)
-    assert held.watched()
+    assert listeners.there()
     assert is_watched(layer)
     handle.remove()
-    assert not held.watched()
+    assert not listeners.there()
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert held.watched()
+    assert listeners.there()
     everywhere.remove()
 
 
 def test_a_policy_is_freed_at_once(policy: DiffusionPolicy) -> None:
     """Evaluations in training make copies of it, each with a graph's memory."""
     other = copy.deepcopy(policy)
-    other._replays._held = Held(other)
+    other._replays._held, other._replays._listeners = Held(other), Listeners(other)
     gone = weakref.ref(other)
     gc.collect()
     gc.disable()
