@@ -13,7 +13,7 @@ from torch.nn import functional
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, convolution
 from getiaction.policy.convolution import Conv1d, Conv2d, use_taps
 from getiaction.policy.taps import convolve_by_taps, find_taps
-from getiaction.policy.unrolled import unroll
+from getiaction.policy.unroll import unroll
 
 SIZES = [  # sides, kernel, stride, padding
     ((2, 2), (3, 3), (1, 1), (1, 1)),
