@@ -55,11 +55,12 @@ def _threads(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(params=[True, False], ids=["in columns", "as they lie"])
-def _order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(unrolled_module, "read_faster_in_columns", lambda: request.param)
+    return request.param
 
 
-@pytest.mark.usefixtures("_threads", "_order")
+@pytest.mark.usefixtures("_threads", "in_columns")
 @pytest.mark.parametrize(("batch_size", "horizon"), [(1, 16), (1, 4), (3, 8), (16, 16)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_plain_network(shape: str, batch_size: int, horizon: int) -> None:
@@ -75,7 +76,7 @@ def test_float32_differs_by_rounding_only() -> None:
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
-@pytest.mark.usefixtures("_order")
+@pytest.mark.usefixtures("in_columns")
 @pytest.mark.parametrize("down_dims", [(16, 32), (64, 256)])
 def test_it_is_made_once_and_sees_new_observations_and_new_weights(down_dims: tuple[int, ...]) -> None:
     unet = make(down_dims=down_dims)
@@ -129,8 +130,7 @@ def test_a_layer_in_the_place_of_another_is_used() -> None:
     torch.testing.assert_close(*denoise(unet, actions, cond))
 
 
-@pytest.mark.usefixtures("_order")
-def test_plans_share_their_copies_and_go_when_nobody_needs_them() -> None:
+def test_plans_share_their_copies_and_go_when_nobody_needs_them(in_columns: bool) -> None:
     unet = make(torch.float32, down_dims=(64, 256))
     made: list[weakref.ref[UnrolledUnet]] = []
     threads = torch.get_num_threads()
@@ -146,6 +146,7 @@ def test_plans_share_their_copies_and_go_when_nobody_needs_them() -> None:
         alive = {one() for one in made} - {None}
         assert len(alive) == PLANS
         copies = [copy for one in alive for copy in one._copies]
+        assert bool(copies) is in_columns
         assert len({id(copy) for copy in copies}) * PLANS == len(copies)
         alive.clear()
         del unrolled, copies, unet
