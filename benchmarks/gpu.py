@@ -87,14 +87,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder), arguments.keep)
         for section in [one for one in SECTIONS if one.__name__ in arguments.sections]:
-            begin = time.perf_counter()
+            begin, bench.found = time.perf_counter(), {}
             signal.alarm(0 if arguments.small else arguments.limit)
             try:
                 found = section(bench)
             except subprocess.CalledProcessError as error:
-                found = {"failed": error.cmd, "stderr": error.stderr.splitlines()[-12:]}
+                found = bench.found | {"failed": error.cmd, "stderr": error.stderr.splitlines()[-12:]}
             except Exception:  # the other sections go on
-                found = {"failed": traceback.format_exc().splitlines()[-6:]}
+                found = bench.found | {"failed": traceback.format_exc().splitlines()[-6:]}
             signal.alarm(0)
             result[section.__name__] = found | {"section_seconds": round(time.perf_counter() - begin, 1)}
             print(section.__name__, json.dumps(result[section.__name__]), flush=True)

@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Bench:
     pictures: str | None
     folder: Path
     keep: Path | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+    """What the section under way has measured: it is kept where the section does not come to its end."""
 
     def steps(self, count: int) -> int:
         """Return how many steps to take: few in a rehearsal."""

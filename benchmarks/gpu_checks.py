@@ -52,6 +52,7 @@ def updates(bench: Bench) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     weights, losses = {}, {}
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     for name in ("plain", "replayed"):
         replays = f"hardware.cuda_graphs={str(name == 'replayed').lower()}"
         short = ["+preset=pusht_laptop", f"hardware.device={bench.device}", replays, "hardware.tf32=false", *QUIET]
@@ -64,7 +65,7 @@ def updates(bench: Bench) -> dict[str, Any]:
         found[f"{name}_is_a_graph"] = trainer.update.replay is not None and trainer.update.replay.captured
         weights[name] = {key: value.cpu() for key, value in trainer.policy.state_dict().items()}
         losses[name] = [line["loss"] for line in read_metrics(folder) if "loss" in line]
-    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
     apart = [float((weights["plain"][key] - value).abs().max()) for key, value in weights["replayed"].items()]
     gaps = [abs(one - other) for one, other in zip(losses["plain"], losses["replayed"], strict=True)]
     return {**found, "largest_loss_gap": max(gaps), "largest_weight_gap": max(apart), "losses": losses["plain"]}

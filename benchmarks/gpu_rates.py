@@ -28,7 +28,6 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 def precisions(bench: Bench) -> dict[str, Any]:
     """Train `pusht_laptop` in each precision (fp16 with its gradient scaler): rate and last loss."""
-    found = {}
     steps = bench.steps(600)
     for precision in ("no", "bf16", *(["fp16"] if bench.device == "cuda" else [])):
         short = [f"training.max_steps={steps}", f"training.log_every={max(steps // 12, 1)}", *QUIET]
@@ -41,28 +40,25 @@ def precisions(bench: Bench) -> dict[str, Any]:
                 *short,
             ),
         )
-        found[precision] = bench.rate(precision)
-    return found
+        bench.found[precision] = bench.rate(precision)
+    return bench.found
 
 
 def presets(bench: Bench) -> dict[str, Any]:
     """Measure each preset for pictures as it stands, and compiled."""
     modes = {"": (), "_compiled": ("hardware.compile=true",)}
-    return {
-        f"{preset}{mode}": rate_of(bench, f"{preset}{mode}", preset, *more)
-        for preset in PICTURE_PRESETS
-        for mode, more in modes.items()
-        if not (mode and bench.small)
-    }
+    for mode, more in modes.items():
+        for preset in () if mode and bench.small else PICTURE_PRESETS:
+            bench.found[f"{preset}{mode}"] = rate_of(bench, f"{preset}{mode}", preset, *more)
+    return bench.found
 
 
 def ways(bench: Bench) -> dict[str, Any]:
     """Measure other ways to train `pusht_basic`, in bf16: memory order with group norm, CUDA graphs."""
-    found = {}
     for name, more in WAYS.items():
         if not (bench.small and any("compile" in one for one in more)):
-            found[name] = rate_of(bench, name, "pusht_basic", "hardware.mixed_precision=bf16", *more)
-    return found
+            bench.found[name] = rate_of(bench, name, "pusht_basic", "hardware.mixed_precision=bf16", *more)
+    return bench.found
 
 
 def rate_of(bench: Bench, name: str, preset: str, *more: str) -> dict[str, Any]:
@@ -97,7 +93,9 @@ def compute(bench: Bench) -> dict[str, Any]:
     )
     rounds, steps = (2, 1) if bench.small else (5, 10)
     more: dict[str, Any] = {"data": data, "device": bench.device, "rounds": rounds, "steps": steps, "compiled": False}
-    return {f"{preset}, {batch}": measure(preset, batch, **more) for preset, batch in wanted}
+    for preset, batch in wanted:
+        bench.found[f"{preset}, {batch}"] = measure(preset, batch, **more)
+    return bench.found
 
 
 def encoder(bench: Bench) -> dict[str, Any]:
@@ -114,7 +112,9 @@ def chunks(bench: Bench) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # training, above, lets it
     rounds = 2 if bench.small else 20
     wanted = PRESETS[:1] if bench.small else PRESETS
-    return {preset: measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05) for preset in wanted}
+    for preset in wanted:
+        bench.found[preset] = measure(preset, bench.device, rounds, 0.0 if bench.device == "cuda" else 0.05)
+    return bench.found
 
 
 def busy(bench: Bench) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def busy(bench: Bench) -> dict[str, Any]:
     wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
     pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
     data = {"pusht_pictures": [], "pusht_basic": [*pictures, "dataset.episodes=[0,1,2,3]"]}
-    steps, found = bench.steps(60), {}
+    steps = bench.steps(60)
     for preset, more in list(data.items())[: 1 if bench.small else None]:
         short = [f"+preset={preset}", *more, f"hardware.device={bench.device}", "hardware.mixed_precision=no", *QUIET]
         config, folder = compose([*short, "evaluation.final_episodes=null"]), bench.folder / f"busy_{preset}"
@@ -148,8 +148,9 @@ def busy(bench: Bench) -> dict[str, Any]:
         with profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU]) as seen:
             take(3)
         kernels = sum(one.device_time_total for one in seen.key_averages()) / 3e3
-        found[preset] = {"step_ms": round(wall, 3), "kernels_ms": round(kernels, 3), "busy": round(kernels / wall, 3)}
-    return found
+        measured = {"step_ms": round(wall, 3), "kernels_ms": round(kernels, 3), "busy": round(kernels / wall, 3)}
+        bench.found[preset] = measured
+    return bench.found
 
 
 def end_to_end(bench: Bench) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Measure where a convolution by taps is faster than PyTorch's on this CPU: `python -m benchmarks.taps`.
 
 Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
-convolution and `convolve_by_taps` (getiaction/policy/taps.py) take turns. Then whole steps without their data, with
-`hardware.convolutions=library` and `taps`, turn by turn in one process. `hardware.convolutions=auto` should take them
-on a CPU where this says so: `learns_by_taps` (getiaction/config/placement.py) and the bounds in
-getiaction/policy/convolution.py.
+convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then whole steps without their data,
+with `hardware.convolutions=library` and `taps`, turn by turn in one process. `hardware.convolutions=auto` should take
+them on a CPU where this says so: `learns_by_taps` (getiaction/config/placement.py) and the bounds in
+getiaction/policy/fast/convolution.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.compute import our_step
 from benchmarks.train import QUIET
 from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
-from getiaction.policy.taps import convolve_by_taps
+from getiaction.policy.fast.taps import convolve_by_taps
 from getiaction.training.heap import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"

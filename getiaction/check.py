@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from getiaction.errors import exit_with_message
 
@@ -23,15 +24,16 @@ def check(overrides: list[str]) -> list[str]:
     """
     from getiaction.config import run
     from getiaction.config.build import build_features, build_policy
-    from getiaction.config.checks import check_config
     from getiaction.config.compose import compose
-    from getiaction.config.dataset_checks import check_dataset
-    from getiaction.config.sources import find_data
+    from getiaction.config.prepare import find_checked_data
+    from getiaction.config.record import check_folder
+    from getiaction.config.resume import take_up
 
     config = compose(overrides)
-    check_config(config)
-    mixture = find_data(config)
-    check_dataset(config, mixture)
+    folder = Path(config.output_dir)
+    config = take_up(config, overrides, folder)
+    check_folder(config, folder)
+    mixture = find_checked_data(config)
     run.check_buildable(config, mixture)
     policy = build_policy(config, build_features(config, mixture.metadata), {}, fetch_weights=False, device="meta")
     parameters = sum(weight.numel() for weight in policy.parameters()) / 1e6
@@ -57,7 +59,7 @@ def main() -> None:
     with exit_with_message():
         if any(option.startswith("--") for option in given):
             from getiaction.config.lightning.arguments import read_arguments
-            from getiaction.fit import print_config, translate_aloud
+            from getiaction.config.lightning.command import print_config, translate_aloud
 
             arguments = read_arguments(given)
             if arguments.print_config:

@@ -23,6 +23,11 @@ def stop(message: str, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turn the two errors of users, raised inside, into a message and an exit code."""

@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     )
     from getiaction.config.precision import allow_tf32, autocast, choose_precision
     from getiaction.config.record import describe_machine, pick_device
-    from getiaction.config.sampling import change_scheduler, check_steps
+    from getiaction.config.sampling import change_action_steps, change_scheduler, check_steps
     from getiaction.files import claimed
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.simulation.evaluation import Crowd
@@ -53,6 +53,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Summary:
     if config.scheduler is not None:
         change_scheduler(policy, config.scheduler)
     check_steps(policy, config.num_inference_steps)
+    if config.n_action_steps is not None:
+        change_action_steps(policy, config.n_action_steps)
     precision = choose_precision(config.mixed_precision, device.type)
     log.info("policy: %s, sees %s", pretrained, ", ".join(policy.features.observation_keys))
     evaluation = Evaluation(

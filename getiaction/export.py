@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the file, <name>.onnx")
     parser.add_argument("--scheduler", help="ddpm or ddim; default: the policy's own")
     parser.add_argument("--num-inference-steps", type=int, help="denoising steps; default: the policy's own")
+    parser.add_argument("--n-action-steps", type=int, help="actions of a chunk to execute; default: the policy's own")
     parser.add_argument("--batch-size", type=int, default=1, help="robots that act at once (1)")
     return parser
 
@@ -36,7 +37,7 @@ def export(arguments: argparse.Namespace) -> list[str]:
         raise InputError(f"--output {arguments.output} is a folder: give the name of a file in it")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1")
-    from getiaction.config.sampling import change_scheduler, check_steps, find_scheduler
+    from getiaction.config.sampling import change_action_steps, change_scheduler, check_steps, find_scheduler
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.interop.onnx_file import export_onnx
 
@@ -46,6 +47,8 @@ def export(arguments: argparse.Namespace) -> list[str]:
     if arguments.scheduler is not None:
         change_scheduler(policy, find_scheduler(arguments.scheduler))
     check_steps(policy, arguments.num_inference_steps, "--num-inference-steps")
+    if arguments.n_action_steps is not None:
+        change_action_steps(policy, arguments.n_action_steps, "--n-action-steps")
     steps = arguments.num_inference_steps or policy.num_inference_steps
     seen = export_onnx(arguments.output, policy, num_inference_steps=steps, batch_size=arguments.batch_size)
     inputs = [f"  {name:34} {kind:8} {shape}" for name, kind, shape in seen.inputs]

@@ -1,16 +1,19 @@
-"""Write files that are whole, or as they were, in folders that nobody else writes."""
+"""Write files in one step, into folders that no other process writes to."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from getiaction.errors import InputError
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,9 +40,11 @@ def claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise InputError(
-                f"output_dir={folder} is where {file.read() or 'another process'} is at work: wait for its end, stop "
-                "it, or give another output_dir"
+                f"{folder} is where {file.read() or 'another process'} is at work: wait for its end, stop it, or give "
+                "another folder, output_dir=<folder>"
             ) from None
+        except OSError as error:  # a file system without locks, as some clusters have
+            log.warning("warning: nothing keeps a second process from writing to %s: %s", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} of {socket.gethostname()}")
         file.flush()

@@ -5,16 +5,10 @@ The file is said as overrides of the config here (`getiaction.config.lightning`)
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
-from typing import TYPE_CHECKING
 
 from getiaction.errors import InputError, exit_with_message
-
-if TYPE_CHECKING:
-    from getiaction.config.lightning.arguments import Arguments
-    from getiaction.config.lightning.translation import Translation
 
 USAGE = """usage: getiaction {command} --config FILE.yaml [--config MORE.yaml] [--model.KEY VALUE] [--data.KEY VALUE]
                 [--trainer.KEY VALUE] [--seed_everything N] [--ckpt_path CHECKPOINT] [--strict] [--print_config]
@@ -69,6 +63,7 @@ def run(command: str, given: list[str]) -> list[str] | None:
         InputError: the file cannot work; the message names its keys.
     """
     from getiaction.config.lightning.arguments import read_arguments
+    from getiaction.config.lightning.command import print_config, translate_aloud
     from getiaction.config.overrides import quote
 
     arguments = read_arguments(given)
@@ -94,54 +89,6 @@ def run(command: str, given: list[str]) -> list[str] | None:
         return overrides
     say("train", found.overrides)
     return found.overrides
-
-
-def print_config(arguments: Arguments) -> None:
-    """Show the merged file."""
-    import yaml
-
-    print(yaml.safe_dump(arguments.content, sort_keys=False), end="")
-
-
-def translate_aloud(arguments: Arguments) -> Translation:
-    """Translate a command line, say what was changed and left out, and check what came of it.
-
-    Raises:
-        InputError: it cannot work; the message names the keys of the file.
-    """
-    from getiaction.config.lightning.translate import translate
-
-    found = translate(arguments)
-    for line in found.changed:
-        print(f"changed: {line}")
-    for line in found.left_out:
-        print(f"left out: {line}")
-    for line in found.notes:
-        print(f"note: {line}")
-    try:
-        check(found.overrides)
-    except InputError as error:
-        named = [f"{key} is {found.sources[key]}" for key in found.sources if names(str(error), key)]
-        more = f"\n       ({', '.join(named)})" if named else ""
-        raise InputError(f"{error}{more}") from error
-    return found
-
-
-def names(message: str, key: str) -> bool:
-    """Tell whether a message is about a dotted key."""
-    return "." in key and re.search(rf"\b{re.escape(key)}\b", message) is not None
-
-
-def check(overrides: list[str]) -> None:
-    """Check a config and its dataset, as training will."""
-    from getiaction.config.checks import check_config
-    from getiaction.config.compose import compose
-    from getiaction.config.dataset_checks import check_dataset
-    from getiaction.config.sources import find_data
-
-    config = compose(overrides)
-    check_config(config)
-    check_dataset(config, find_data(config))
 
 
 def say(module: str, overrides: list[str]) -> None:

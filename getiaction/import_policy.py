@@ -66,7 +66,9 @@ def name_of(source: str) -> str:
     """Return a folder's name for a source: what tells it from others."""
     if not Path(source).is_dir():
         return source.replace("/", "--").replace("@", "--")
-    return [part for part in Path(source).absolute().parts if part not in LAYOUT][-1]
+    parts = Path(source).absolute().parts
+    inside = parts.index("checkpoints") if "checkpoints" in parts else len(parts)
+    return "--".join([parts[inside - 1], *(part for part in parts[inside:] if part not in LAYOUT)])
 
 
 def main() -> None:

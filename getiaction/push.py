@@ -35,12 +35,11 @@ def push(arguments: argparse.Namespace) -> str:
     from getiaction.config.overrides import as_override
     from getiaction.interop.description import describe
     from getiaction.interop.hub import check_repo_id, push_files
-    from getiaction.interop.layout import FILES
     from getiaction.interop.lerobot import find_policy_folder, load_policy
     from getiaction.interop.lerobot_files import not_for_lerobot
     from getiaction.interop.weights import fingerprint
     from getiaction.report.card import find_evaluation, read_run, write_card
-    from getiaction.report.evaluation import NUMBERS, SHEET, VIDEOS
+    from getiaction.report.evaluation import NUMBERS
 
     check_repo_id(arguments.repo_id)
     folder = find_policy_folder(arguments.policy, key="policy")
@@ -51,27 +50,35 @@ def push(arguments: argparse.Namespace) -> str:
         raise InputError(
             f"--evaluation {evaluation} is of other weights than {folder}: evaluate this policy, or leave it out"
         )
-    made = read_run(folder)
+    described, made = describe(policy), read_run(folder)
     card = write_card(
         arguments.repo_id,
-        describe(policy),
+        described,
         version=__version__,
         reasons=not_for_lerobot(policy),
-        overrides=" ".join(as_override(key, value) for key, value in to_overrides(describe(policy)).items()),
+        overrides=" ".join(as_override(key, value) for key, value in to_overrides(described).items()),
         made=made,
         numbers=numbers,
         license=arguments.license,
     )
+    files = {**files_of(folder, evaluation), "README.md": card.encode()}
+    if made:
+        files["config.yaml"] = made["folder"] / "config.yaml"
+    if arguments.dry_run:
+        return "\n".join([card, "files:", *(f"  {name}" for name in files)])
+    return push_files(arguments.repo_id, files, private=arguments.private, revision=arguments.revision)
+
+
+def files_of(folder: Path, evaluation: Path | None) -> dict[str, Path | bytes]:
+    """Return what of a policy and its evaluation is pushed: name there -> file here."""
+    from getiaction.interop.layout import FILES
+    from getiaction.report.evaluation import NUMBERS, SHEET, VIDEOS
+
     files: dict[str, Path | bytes] = {path.name: path for name in FILES for path in sorted(folder.glob(name))}
     if evaluation is not None:
         found = [evaluation / NUMBERS, evaluation / SHEET, *sorted((evaluation / VIDEOS).glob("*.mp4"))]
         files |= {f"evaluation/{path.name}": path for path in found if path.exists()}
-    if made:
-        files["config.yaml"] = made["folder"] / "config.yaml"
-    files["README.md"] = card.encode()
-    if arguments.dry_run:
-        return "\n".join([card, "files:", *(f"  {name}" for name in files)])
-    return push_files(arguments.repo_id, files, private=arguments.private, revision=arguments.revision)
+    return files
 
 
 def main() -> None:

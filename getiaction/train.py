@@ -29,18 +29,14 @@ def train(config: Config, folder: Path) -> dict[str, float]:
     from safetensors import SafetensorError
 
     from getiaction.config import run
-    from getiaction.config.checks import check_config
-    from getiaction.config.dataset_checks import check_dataset
     from getiaction.config.memory import memory_advice, ran_out
+    from getiaction.config.prepare import find_checked_data
     from getiaction.config.record import check_folder, write_result, write_run_files
-    from getiaction.config.sources import find_data
     from getiaction.files import claimed, is_full
     from getiaction.report.run import draw_report
 
-    check_config(config)
     check_folder(config, folder)
-    mixture = find_data(config)
-    check_dataset(config, mixture)
+    mixture = find_checked_data(config)
     run.check_buildable(config, mixture)
     config.output_dir = str(folder)
     accelerator = run.start_accelerator(config, folder)
@@ -58,17 +54,15 @@ def train(config: Config, folder: Path) -> dict[str, float]:
                 log.info("picture: %s", picture)
             log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
             write_result(folder, trainer.step, metrics)
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        raise TrainingError(memory_advice(config, accelerator)) from error
-    except (OSError, SafetensorError) as error:
-        if not is_full(error):
-            raise
-        raise TrainingError(
-            f"no room to write to {folder} ({error}); what was saved stays. Make room, then go on: "
-            f"{as_override('training.resume', str(folder))}"
-        ) from error
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        if ran_out(error):
+            raise TrainingError(memory_advice(config, accelerator)) from error
+        if is_full(error):
+            again = as_override("training.resume", str(folder))
+            raise TrainingError(
+                f"no room to write to {folder} ({error}); what was saved stays. Make room, then go on: {again}"
+            ) from error
+        raise
     finally:
         accelerator.end_training()  # trackers write what they hold
         held.close()
@@ -82,15 +76,14 @@ def run_hydra_job(config: Config) -> float | None:
     from getiaction.config.cluster import requeue
     from getiaction.config.launch import launch_processes, must_launch
     from getiaction.config.record import read_result
-    from getiaction.config.resume import has_checkpoint, resumed_config
+    from getiaction.config.resume import has_checkpoint, take_up
     from getiaction.config.sweep import in_sweep
 
     runtime = HydraConfig.get()
     folder = job_folder(config.output_dir)
-    if config.training.resume == "auto" or (in_sweep() and not config.resumes):
-        config.training.resume = str(folder) if has_checkpoint(folder) else None
-    if config.resumes:
-        config = resumed_config(config, list(runtime.overrides.task), folder)
+    if in_sweep() and not config.resumes:
+        config.training.resume = "auto"
+    config = take_up(config, list(runtime.overrides.task), folder)
     metrics = read_result(folder, config) if config.resumes else None
     try:
         if metrics is not None:
@@ -100,7 +93,8 @@ def run_hydra_job(config: Config) -> float | None:
         else:
             metrics = train(config, folder)
     except SystemExit as stopped:
-        log.info("stopped; to go on: python -m getiaction.train %s", as_override("training.resume", str(folder)))
+        if has_checkpoint(folder):
+            log.info("stopped; to go on: python -m getiaction.train %s", as_override("training.resume", str(folder)))
         requeue(int(stopped.code or 0) - 128)
         raise
     return metrics.get(config.sweep_metric, metrics.get("loss"))

@@ -28,8 +28,9 @@ def validate(config: Config, checkpoint: str) -> dict[str, float]:
     from getiaction.config.placement import place
     from getiaction.config.sources import find_data
     from getiaction.interop.lerobot import find_policy_folder, load_policy
-    from getiaction.training.validation import evaluating
+    from getiaction.startup import release_collector
 
+    config.tracker.name = "local"  # one measurement is no run to track
     folder = find_policy_folder(checkpoint, key="--ckpt_path")
     mixture = find_data(config)
     policy = load_policy(folder)
@@ -43,7 +44,8 @@ def validate(config: Config, checkpoint: str) -> dict[str, float]:
         _, validator = run.build_batches(config, mixture, episodes, policy, accelerator)
         if validator is None:
             raise InputError("no episode is held out: use dataset.val_fraction=0.05, or dataset.val_episodes='[0]'")
-        with accelerator.autocast(), evaluating(policy):
+        release_collector()
+        with accelerator.autocast():
             return validator(policy)
 
 

@@ -99,6 +99,9 @@ def test_more_episodes_go_on_from_those_that_are_there(
     assert command(f"checkpoint={keypoints_run}", *SHORT, "episodes=6", "num_envs=1", f"output_dir={folder}") == 0
     assert (folder / "episodes.jsonl").read_text().startswith(before)
     assert [row["seed"] for row in read(folder)["rows"]] == list(range(1000, 1006))
+    rate = read(folder)["episodes_per_minute"]
+    assert command(f"checkpoint={keypoints_run}", *SHORT, "episodes=6", f"output_dir={folder}") == 0
+    assert read(folder)["episodes_per_minute"] == rate > 0  # there was nothing left to run
 
 
 # --- stopped and gone on ----------------------------------------------------------------------------------------------
@@ -155,7 +158,12 @@ def test_killed_interrupted_and_gone_on_equals_uninterrupted(
 
 @pytest.mark.parametrize(
     ("change", "key"),
-    [("env.max_steps=21", "env"), ("num_inference_steps=3", "num_inference_steps"), ("batch_size=32", "batch_size")],
+    [
+        ("env.max_steps=21", "env"),
+        ("num_inference_steps=3", "num_inference_steps"),
+        ("batch_size=32", "batch_size"),
+        ("n_action_steps=4", "policy"),
+    ],
 )
 def test_a_folder_of_another_evaluation_is_refused(
     keypoints_run: Path, one_by_one: Path, command: Command, capsys: pytest.CaptureFixture[str], change: str, key: str
@@ -264,6 +272,8 @@ MISTAKES = [
     ("run", ["batch_size=10"], "batch_size=10 must be a multiple of 16"),
     ("run", ["num_inference_steps=21"], "num_inference_steps=21 must be between 1 and 20"),
     ("run", ["num_inference_steps=1"], "num_inference_steps=1 starts DDPMScheduler where 99% of the noise is gone"),
+    ("run", ["n_action_steps=0"], "n_action_steps=0 must be between 1 and the policy's horizon - n_obs_steps + 1 = "),
+    ("run", ["n_action_steps=17"], "n_action_steps=17 must be between 1 and the policy's horizon - n_obs_steps + 1 = "),
     ("run", ["device=gpu"], "device=gpu is not here: use "),
     ("run", ["episode=5"], "episode does not exist: did you mean episodes?"),
     ("run", ["env=pushy"], "env=pushy does not exist: did you mean pusht?"),
@@ -357,6 +367,16 @@ def test_another_sampler_is_one_override_away(
     assert command(f"checkpoint={keypoints_run}", *SHORT[:1], *SHORT[2:], *more) == 0
     assert read(tmp_path)["scheduler"]["class"] == kind
     assert read(tmp_path)["scheduler"]["config"]["num_train_timesteps"] == 20  # as it was trained
+
+
+def test_it_may_look_again_sooner(keypoints_run: Path, one_by_one: Path, tmp_path: Path, command: Command) -> None:
+    """The first actions come from the same chunk; then it has looked again, and goes another way."""
+    more = ("n_action_steps=4", "episodes=1", f"output_dir={tmp_path}")
+    assert command(f"checkpoint={keypoints_run}", *SHORT, *more) == 0
+    assert read(tmp_path)["policy"]["n_action_steps"] == 4
+    (sooner,), usual = episodes(tmp_path), episodes(one_by_one)[0]
+    assert sooner["actions"][:4] == usual["actions"][:4]
+    assert sooner["actions"][4:8] != usual["actions"][4:8]
 
 
 def test_a_sampler_of_other_noise_is_refused(keypoints_run: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from getiaction.config.schema import Config
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.data.mirror import Mirror
-from getiaction.errors import InputError
+from getiaction.errors import InputError, first_line
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import DiffusionPolicy, Features, Normalizer
 from getiaction.policy.encoder import load_resnet
@@ -34,8 +34,7 @@ def build_group(name: str, group: Mapping[str, Any], **extra: Any) -> Any:
     try:
         return instantiate(dict(group), **extra)
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise InputError(f"{name} cannot be built: {str(cause).splitlines()[0]}") from error
+        raise InputError(f"{name} cannot be built: {first_line(error.__cause__ or error)}") from error
 
 
 def parameters_of(target: str) -> Collection[str]:

@@ -5,22 +5,16 @@ Every message names the key, the value, the rule and the fix. Nothing has been d
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 
-from getiaction.config.precision import is_faster_in_bf16
+from getiaction.config.device_checks import check_devices
+from getiaction.config.noise_checks import check_noise
 from getiaction.config.problems import Problem, report
-from getiaction.config.sampling import few_steps
 from getiaction.config.schema import Config
 from getiaction.config.sources import check_sources
 from getiaction.config.value_checks import check_values
-from getiaction.policy.noising import Noising
 from getiaction.policy.unet import FINAL_GROUPS
 
-SOLVERS = ("DPMSolver", "UniPC")  # multistep solvers, which divide by the distance between steps
-NOISE_REACHED = 0.02  # largest cumulative alpha at the last step that still counts as noise
 BLIND = 32  # pixels of a picture's side that a ResNet halves to one
 HALF = 0.5  # a crop that shows less of the picture than this loses the task
 
@@ -32,7 +26,7 @@ def check_config(config: Config) -> None:
         InputError: all errors, one a line; with `strict`, warnings too.
     """
     simple = [*check_values(config), *check_sources(config)]
-    checks = () if simple else (check_time, check_unet, check_pictures, check_noise, check_training)
+    checks = () if simple else (check_time, check_unet, check_pictures, check_noise, check_training, check_devices)
     report(simple + [problem for check in checks for problem in check(config)], strict=config.strict)
 
 
@@ -141,73 +135,8 @@ def check_crop(crop: list[int] | None, picture: list[int], name: str) -> Iterato
         )
 
 
-def check_noise(config: Config) -> Iterator[Problem]:
-    """Check the noise schedule: does it reach noise, can the sampler use it?"""
-    from getiaction.config.build import build_noise_scheduler
-
-    scheduler, policy = config.scheduler, config.policy
-    noise_scheduler = build_noise_scheduler(config)
-    steps = int(noise_scheduler.config.num_train_timesteps)
-    try:
-        noising = Noising(noise_scheduler, scheduler.get("prediction_type"))
-    except ValueError as error:
-        yield Problem(str(error))
-        return
-    if not adds_noise(noising):
-        yield Problem(
-            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} with scheduler.beta_start="
-            f"{scheduler.get('beta_start')} and scheduler.beta_end={scheduler.get('beta_end')} must add some noise at "
-            "each step, and not more than all: use betas of 1e-6 to 1, or scheduler.beta_schedule=squaredcos_cap_v2"
-        )
-        return
-    if policy.num_inference_steps is not None and policy.num_inference_steps > steps:
-        yield Problem(
-            f"policy.num_inference_steps={policy.num_inference_steps} must be at most "
-            f"scheduler.num_train_timesteps={steps}: "
-            f"use policy.num_inference_steps={steps}, or null"
-        )
-    name = type(noise_scheduler).__name__
-    if name.startswith(SOLVERS) and (policy.num_inference_steps or steps) >= steps > 1:
-        yield Problem(
-            f"policy.num_inference_steps={policy.num_inference_steps} of scheduler.num_train_timesteps={steps}: {name} "
-            f"takes a step twice there, and acts with NaN: use policy.num_inference_steps={max(steps // 5, 1)}"
-        )
-    elif 1 <= (taken := policy.num_inference_steps or steps) <= steps and (
-        problem := few_steps(noise_scheduler, taken, "policy.num_inference_steps")
-    ):
-        yield problem
-    weight = Noising(noise_scheduler, scheduler.get("prediction_type"), policy.loss_weighting).weight
-    if float(weight[-1]) == 0:
-        yield Problem(
-            f"policy.loss_weighting={policy.loss_weighting} with scheduler={name} leaves pure noise, which acting "
-            "starts from, out of training: use policy.loss_weighting=none",
-            is_error=False,
-        )
-    alpha = float(noising.signal[-1]) ** 2
-    if alpha > NOISE_REACHED:
-        yield Problem(
-            f"scheduler.beta_schedule={scheduler.get('beta_schedule')} over scheduler.num_train_timesteps={steps} "
-            "ends at cumulative "
-            f"alpha {alpha:.2f}, above {NOISE_REACHED}: training never sees the noise that acting starts from; "
-            "use scheduler.beta_schedule=squaredcos_cap_v2",
-            is_error=False,
-        )
-    if scheduler.get("clip_sample") and policy.normalization.action != "min_max":
-        yield Problem(
-            f"scheduler.clip_sample=true clips actions to {scheduler.get('clip_sample_range', 1.0)}, but "
-            f"policy.normalization.action={policy.normalization.action} reaches further: use min_max, or "
-            "scheduler.clip_sample=false",
-            is_error=False,
-        )
-
-
-def adds_noise(noising: Noising) -> bool:
-    """Tell whether each step adds some noise, and keeps a share of the actions that is a number."""
-    return bool((noising.signal.isfinite() & (noising.noise > 0)).all())
-
-
 def check_training(config: Config) -> Iterator[Problem]:
-    """Check the length, the learning-rate schedule and the hardware."""
+    """Check the length, the learning-rate schedule and the rollouts."""
     training, schedule = config.training, config.lr_scheduler
     if training.max_steps is None and training.max_epochs is None:
         yield Problem("training.max_steps and training.max_epochs are both null: set one, training.max_steps=20000")
@@ -240,50 +169,4 @@ def check_training(config: Config) -> Iterator[Problem]:
         yield Problem(
             "env=none has no simulator to evaluate in: leave evaluation.every and evaluation.final_episodes null, or "
             "use env=pusht where the data come from there"
-        )
-    yield from check_devices(config)
-
-
-def check_devices(config: Config) -> Iterator[Problem]:
-    """Check that the devices asked for are there, and can do what is asked of them."""
-    import torch
-
-    hardware = config.hardware
-    gpus = torch.cuda.device_count()
-    on_gpu = hardware.device in ("cuda", "mps") or (hardware.device == "auto" and gpus > 0)
-    in_bf16 = hardware.mixed_precision == "bf16" or (hardware.mixed_precision == "auto" and is_faster_in_bf16("cpu"))
-    if hardware.convolutions == "taps" and (on_gpu or in_bf16 or hardware.compile):
-        yield Problem(
-            "hardware.convolutions=taps is for float32 on a CPU, and does nothing with "
-            f"hardware.device={hardware.device}, hardware.mixed_precision={hardware.mixed_precision}, "
-            f"hardware.compile={str(hardware.compile).lower()}: use hardware.convolutions=auto",
-            is_error=False,
-        )
-    if hardware.device == "cuda" and gpus == 0:
-        yield Problem("hardware.device=cuda, but torch sees no CUDA GPU here: use hardware=auto or hardware=cpu")
-    if hardware.device == "mps" and not torch.backends.mps.is_available():
-        yield Problem("hardware.device=mps, but torch sees no Apple GPU here: use hardware=auto or hardware=cpu")
-    if config.tracker.name == "tensorboard" and find_spec("tensorboard") is None:
-        yield Problem("tracker=tensorboard needs its package: pip install tensorboard, or tracker=local")
-    if hardware.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        yield Problem(
-            "hardware.compile=true needs a C++ compiler (g++), and none is here: install one, or leave it out"
-        )
-    accumulation = config.training.gradient_accumulation_steps
-    if hardware.compile and hardware.compile_mode != "default" and accumulation > 1:  # pytorch issue 169545
-        yield Problem(
-            f"hardware.compile_mode={hardware.compile_mode} records CUDA graphs, whose gradients the next micro-batch "
-            f"overwrites, and training.gradient_accumulation_steps={accumulation} adds them up: use "
-            "hardware.compile_mode=default or training.gradient_accumulation_steps=1"
-        )
-    if hardware.num_nodes > 1 and not (hardware.rendezvous or "WORLD_SIZE" in os.environ):
-        yield Problem(
-            f"hardware.num_nodes={hardware.num_nodes} needs a place where they meet: hardware.rendezvous=<host>:29500, "
-            "the same on each, and output_dir=<folder> that each of them sees"
-        )
-    launched = "WORLD_SIZE" in os.environ  # several machines may share the processes
-    if not launched and hardware.num_processes > 1 and hardware.device != "cpu" and gpus < hardware.num_processes:
-        yield Problem(
-            f"hardware.num_processes={hardware.num_processes} needs as many GPUs, torch sees {gpus}: use "
-            f"hardware.num_processes={max(gpus, 1)}, or hardware.device=cpu to try it on the CPU"
         )

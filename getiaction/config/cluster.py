@@ -1,4 +1,4 @@
-"""Get a run back into the queue of a cluster that takes its machine away."""
+"""Put a run back into the queue of a cluster that reclaims its machine."""
 
 from __future__ import annotations
 

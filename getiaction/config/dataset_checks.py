@@ -52,9 +52,9 @@ def check_agreement(config: Config, mixture: Mixture) -> Iterator[Problem]:
 
 def check_observations(config: Config, metadata: DatasetMetadata) -> Iterator[Problem]:
     """Check that the observations exist, and that the crop fits their pictures."""
-    has = {key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION}
+    has = [key for key in (*metadata.cameras, *metadata.vectors) if key != ACTION]
     chosen = config.dataset.observations
-    if chosen is not None and (unknown := sorted(set(chosen) - has)):
+    if chosen is not None and (unknown := sorted(set(chosen) - set(has))):
         yield Problem(f"dataset.observations={unknown} are not in {metadata.root}: choose from {sorted(has)}")
         return
     used = chosen if chosen is not None else [key for key in has if config.uses_images or not is_camera(key)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 import time
@@ -24,7 +25,7 @@ from getiaction.interop.layout import run_of
 from getiaction.interop.weights import fingerprint
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
-from getiaction.report.evaluation import draw_sheet, film, write_numbers
+from getiaction.report.evaluation import NUMBERS, draw_sheet, film, write_numbers
 from getiaction.simulation.environment import Environment
 from getiaction.simulation.evaluation import Crowd, EpisodeLog, run_episodes
 from getiaction.simulation.metrics import Summary, summarize
@@ -71,16 +72,7 @@ class Evaluation:
         """
         make = build_environment(self.env)
         act = BatchedActor(policy, batch_size=self.batch_size, num_inference_steps=self.num_inference_steps)
-        described_policy = describe(policy)
-        identity = {
-            "weights": fingerprint(policy.state_dict()),
-            **{key: described_policy[key] for key in ("policy", "scheduler", "normalization")},
-            "env": dict(self.env),
-            "batch_size": act.batch_size,
-            "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
-            "device": act.device.type,
-            **rounding(self.mixed_precision, act.device.type),
-        }
+        identity = self.identify(policy, act)
         writes = self.crowd.team.rank == 0
         kept = EpisodeLog(folder / "episodes.jsonl" if writes else None, identity, anew=self.anew)
         before, start = len(kept.episodes), time.perf_counter()
@@ -96,8 +88,10 @@ class Evaluation:
                 crowd=self.crowd,
                 stopping=stopping,
             )
-        rate = (len(kept.episodes) - before) / (time.perf_counter() - start) * 60
-        log.info("%.0f episodes/min", rate)
+        added, minutes = len(kept.episodes) - before, (time.perf_counter() - start) / 60
+        rate = added / minutes if added else rate_before(folder)
+        if added:
+            log.info("%.0f episodes/min", rate)
         summary = summarize(episodes)
         if not writes:
             return summary
@@ -107,6 +101,25 @@ class Evaluation:
             draw_sheet(folder, environment, episodes)
             film(folder, environment, episodes)
         return summary
+
+    def identify(self, policy: DiffusionPolicy, act: BatchedActor) -> dict[str, Any]:
+        """Return all that the result depends on but the seeds: episodes of another are not mixed with these."""
+        described = describe(policy)
+        return {
+            "weights": fingerprint(policy.state_dict()),
+            **{key: described[key] for key in ("policy", "scheduler", "normalization")},
+            "env": dict(self.env),
+            "batch_size": act.batch_size,
+            "num_inference_steps": self.num_inference_steps or policy.num_inference_steps,
+            "device": act.device.type,
+            **rounding(self.mixed_precision, act.device.type),
+        }
+
+
+def rate_before(folder: Path) -> float | None:
+    """Return the episodes per minute of an evaluation that was complete already; None if it did not say."""
+    path = folder / NUMBERS
+    return json.loads(path.read_text()).get("episodes_per_minute") if path.exists() else None
 
 
 def build_environment(env: Mapping[str, Any]) -> MakeEnvironment:

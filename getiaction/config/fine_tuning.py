@@ -76,7 +76,8 @@ def check_init_from(config: Config, policy: DiffusionPolicy) -> None:
         )
     check_weights(policy, weights, folder / WEIGHTS)
     for key in differ:
-        log.warning("warning: %s was made with %s, now it is %s", folder, as_override(key, theirs[key]), ours[key])
+        now = f"now it is {ours[key]}" if key in ours else "which there is none of here"
+        log.warning("warning: %s was made with %s, %s", folder, as_override(key, theirs[key]), now)
     if policy.features.cameras and (was := image_stats(statistics)) != config.dataset.image_stats:
         log.warning("warning: %s was made with %s", folder, as_override("dataset.image_stats", was))
 

@@ -17,7 +17,7 @@ from types import FrameType
 import psutil
 from hydra.core.hydra_config import HydraConfig
 
-from getiaction.config.overrides import quote
+from getiaction.config.overrides import key_of, quote
 from getiaction.config.schema import Config, HardwareConfig
 from getiaction.config.sweep import in_sweep
 from getiaction.errors import TrainingError
@@ -42,18 +42,14 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
         SystemExit: a process failed; its traceback has been printed.
         TrainingError: the same in a sweep, which goes on.
     """
-    from getiaction.config.checks import check_config
-    from getiaction.config.dataset_checks import check_dataset
-    from getiaction.config.sources import find_data
+    from getiaction.config.prepare import find_checked_data
 
-    check_config(config)
-    check_dataset(config, find_data(config))
-    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("output_dir=")]
+    find_checked_data(config)
     hardware = config.hardware
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={hardware.num_processes}"),
         *meeting(hardware),
-        *("-m", "getiaction.train", *overrides, f"output_dir={quote(str(folder))}"),
+        *("-m", "getiaction.train", *overrides_for(config, folder)),
     ]
     elsewhere = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes > 1 else ""
     log.info("starting %d processes%s", hardware.num_processes, elsewhere)
@@ -63,6 +59,14 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
             raise TrainingError(f"a process of {folder} ended with {code}; what it said is above")
         sys.exit(code)
     return {key: value for line in read_metrics(folder) for key, value in line.items()}
+
+
+def overrides_for(config: Config, folder: Path) -> list[str]:
+    """Return this command's overrides, which say what each process trains, and where it goes on."""
+    typed = HydraConfig.get().overrides.task
+    places = {"output_dir": str(folder)} | ({"training.resume": str(folder)} if config.resumes else {})
+    kept = [override for override in typed if key_of(override) not in ("output_dir", "training.resume")]
+    return kept + [f"{key}={quote(value)}" for key, value in places.items()]
 
 
 def meeting(hardware: HardwareConfig) -> list[str]:

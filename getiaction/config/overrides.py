@@ -31,9 +31,14 @@ def is_word(value: str) -> bool:
     return isinstance(OmegaConf.from_dotlist([f"value={value}"])["value"], str)
 
 
+def key_of(override: str) -> str:
+    """Return the key of an override, without the signs that add or remove one."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
 def command_for(module: str, arguments: list[str], folder: Path) -> str:
     """Return the command that goes on in `folder`, for a shell: what was typed, and where it landed."""
-    typed = [argument for argument in arguments if not argument.startswith("output_dir=")]
+    typed = [argument for argument in arguments if key_of(argument) != "output_dir"]
     return f"{shlex.join(['python', '-m', f'getiaction.{module}', *typed])} {as_override('output_dir', str(folder))}"
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from getiaction.config.schema import HardwareConfig
 from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.convolution import use_library, use_taps
+from getiaction.policy.fast.convolution import use_library, use_taps
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.ranks import from_main
 from getiaction.training.update import can_replay

@@ -38,7 +38,7 @@ def choose_precision(wanted: str, device: str) -> str:
 def is_faster_in_bf16(device: str) -> bool:
     """Tell whether a device multiplies bf16 faster than float32, by its instructions.
 
-    AVX-512's alone are no sign of it: an AMD EPYC gains from them, an Intel Xeon has half of float32's rate unless it
+    Having AVX-512's bf16 is not enough: an AMD EPYC gains from them, an Intel Xeon has half of float32's rate unless it
     has AMX, too (benchmarks/NOTES.md).
     """
     if device == "cuda":

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from getiaction.config.compose import to_config
+from getiaction.config.overrides import key_of
 from getiaction.config.schema import Config
 from getiaction.config.sources import without_roots
 from getiaction.config.trust import unknown_targets
@@ -45,6 +46,20 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / "config.yaml").exists() and any(folder.glob("checkpoints/[0-9]*"))
 
 
+def take_up(config: Config, overrides: list[str], folder: Path) -> Config:
+    """Return the config of the run to go on with, if `training.resume` names one, or "auto" finds one in `folder`.
+
+    Args:
+        config, overrides, folder: as `resumed_config` takes them.
+
+    Raises:
+        InputError: an override would change what the run computes.
+    """
+    if config.training.resume == "auto":
+        config.training.resume = str(folder) if has_checkpoint(folder) else None
+    return resumed_config(config, overrides, folder) if config.resumes else config
+
+
 def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config:
     """Return the config that a run folder was started with, plus the overrides of this command line.
 
@@ -71,43 +86,53 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
                 f"{path} would run {key}={target}, which is not ours: if it is yours, name it in this command as well"
             )
     for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if key == "output_dir":
-            continue
-        if key == "preset":
-            if config.name != saved["name"]:
-                raise InputError(f"{override} is not what {folder} runs (it has name={saved['name']}): leave it out")
-            continue
-        value = OmegaConf.select(now, key)
-        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
-            if value == OmegaConf.select(saved, key):
-                continue
-            if key == "dataset.sources" and moved(plain(OmegaConf.select(saved, key)), plain(value)):
-                saved.dataset.sources = value
-                continue
-            raise InputError(
-                f"{override} cannot change in a run that resumes (it has {key}={plain(OmegaConf.select(saved, key))}): "
-                f"leave it out, or start a new run. What may change: {', '.join(MAY_CHANGE)}"
-            )
-        longer = key in ("training.max_steps", "training.max_epochs") and value != OmegaConf.select(saved, key)
-        if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
-            log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
-        OmegaConf.update(saved, key, value, force_add=True)
+        key = key_of(override)
+        if key == "preset" and config.name != saved["name"]:
+            raise InputError(f"{override} is not what {folder} runs (it has name={saved['name']}): leave it out")
+        if key not in ("output_dir", "preset"):
+            take_over(saved, key, OmegaConf.select(now, key), override)
     saved.training.resume = str(folder)
-    keys = {override.split("=", 1)[0] for override in overrides}
-    if "training.gradient_accumulation_steps" not in keys and (batch := read_global_batch_size(folder / "checkpoints")):
-        processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))
-        before = saved.training.gradient_accumulation_steps
-        split_batch(saved.training, batch, processes, may_shrink="training.batch_size" not in keys)
-        if saved.backbone.get("norm") == "batch" and saved.training.gradient_accumulation_steps != before:
-            size = batch // before // processes
-            log.warning("warning: batch norm saw %d samples at a time: training.batch_size=%d", batch // before, size)
+    keep_global_batch(saved, folder, {key_of(override) for override in overrides})
     return to_config(saved, "train", Config)
+
+
+def take_over(saved: DictConfig, key: str, value: Any, override: str) -> None:
+    """Set a key of a run's config to what the command line says, if that leaves the run's course as it is.
+
+    Raises:
+        InputError: it would not.
+    """
+    before = OmegaConf.select(saved, key)
+    if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+        if value == before:
+            return
+        if not (key == "dataset.sources" and moved(plain(before), plain(value))):
+            raise InputError(
+                f"{override} cannot change in a run that resumes (it has {key}={plain(before)}): leave it out, or "
+                f"start a new run. What may change: {', '.join(MAY_CHANGE)}"
+            )
+    longer = key in ("training.max_steps", "training.max_epochs") and value != before
+    if longer and not str(saved["lr_scheduler"]["name"]).startswith("constant"):
+        log.warning("warning: %s stretches the learning-rate schedule: the rate changes at this step", override)
+    OmegaConf.update(saved, key, value, merge=False, force_add=True)
 
 
 def moved(sources: list[Any] | None, now: list[Any] | None) -> bool:
     """Tell whether two lists of datasets differ in nothing but the folders where those lie."""
     return sources is not None and now is not None and without_roots(sources) == without_roots(now)
+
+
+def keep_global_batch(saved: DictConfig, folder: Path, keys: set[str]) -> None:
+    """Share the global batch that a run has had among the processes of now, but where `keys` were overridden."""
+    batch = read_global_batch_size(folder / "checkpoints")
+    if not batch or "training.gradient_accumulation_steps" in keys:
+        return
+    processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))
+    before = saved.training.gradient_accumulation_steps
+    split_batch(saved.training, batch, processes, may_shrink="training.batch_size" not in keys)
+    if saved.backbone.get("norm") == "batch" and saved.training.gradient_accumulation_steps != before:
+        size = batch // before // processes
+        log.warning("warning: batch norm saw %d samples at a time: training.batch_size=%d", batch // before, size)
 
 
 def split_batch(training: DictConfig, batch: int, processes: int, *, may_shrink: bool) -> None:

@@ -95,23 +95,14 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     Raises:
         InputError: the data cannot be read, or are not those of the run that resumes.
     """
-    resuming = config.resumes
-    fetches = not resuming and config.training.init_from is None
-    if config.uses_images and fetches:
+    if config.uses_images and fetches_weights(config):
         fetch_weights(config)
     store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=config.training.keep_checkpoints)
-    checkpoint = store.newest(log.warning) if resuming else None
+    checkpoint = store.newest(log.warning) if config.resumes else None
     state = read_state(checkpoint) if checkpoint else None
 
     episodes = load_data(config, mixture, accelerator)
-    training = episodes.select(split(config, mixture)[0])
-    statistics = compute_statistics(training, config.dataset.image_stats, build_mirror(config))
-    policy = build_policy(config, build_features(config, mixture.metadata), statistics, fetch_weights=fetches)
-    if not resuming:
-        start_from(config, policy)
-    if reasons := not_for_lerobot(policy):
-        log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
-    policy = place(policy, config.hardware, accelerator)
+    policy = place(new_policy(config, mixture, episodes), config.hardware, accelerator)
     batches, validator = build_batches(config, mixture, episodes, policy, accelerator)
     data = episodes.fingerprint()
     if state:
@@ -128,17 +119,17 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     metrics = MetricsWriter(folder, accelerator, start_step=state.step if state else 0)
     model, prepared = accelerator.prepare(policy, optimizer)
     trainer = Trainer(
-        accelerator,
-        policy,
-        model,
-        prepared,
-        lr_scheduler,
-        batches,
-        store,
-        metrics,
-        plan,
-        ema,
-        validator,
+        accelerator=accelerator,
+        policy=policy,
+        model=model,
+        optimizer=prepared,
+        lr_scheduler=lr_scheduler,
+        batches=batches,
+        store=store,
+        metrics=metrics,
+        plan=plan,
+        ema=ema,
+        validator=validator,
         evaluate=partial(evaluate_in_training, config, folder) if config.evaluates else None,
         keep_best=config.evaluation.keep_best,
         data=data,
@@ -155,6 +146,24 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     return trainer
 
 
+def fetches_weights(config: Config) -> bool:
+    """Tell whether a run begins with ImageNet's weights, if its backbone names some, and not with a policy's."""
+    return not config.resumes and config.training.init_from is None
+
+
+def new_policy(config: Config, mixture: Mixture, episodes: Episodes) -> DiffusionPolicy:
+    """Build the policy that a run begins with; one that resumes gets its weights later."""
+    training = episodes.select(split(config, mixture)[0])
+    statistics = compute_statistics(training, config.dataset.image_stats, build_mirror(config))
+    features = build_features(config, mixture.metadata)
+    policy = build_policy(config, features, statistics, fetch_weights=fetches_weights(config))
+    if not config.resumes:
+        start_from(config, policy)
+    if reasons := not_for_lerobot(policy):
+        log.warning("warning: checkpoints of this run open here, but not in LeRobot: %s", "; ".join(reasons))
+    return policy
+
+
 def evaluate_in_training(
     config: Config, folder: Path, policy: DiffusionPolicy, step: int, last: bool, stopping: Callable[[], int]
 ) -> dict[str, float] | None:
@@ -169,13 +178,13 @@ def evaluate_in_training(
         videos=wanted.videos,
         anew=True,  # a run that goes on elsewhere, or under other rules, begins an evaluation that was stopped again
     )
-    place = folder / "evaluation" / f"{step:06d}"
+    results = folder / "evaluation" / f"{step:06d}"
     described = {"step": step, **describe_machine(policy.device)}
     try:
-        summary = evaluation.run(policy, place, described, stopping)
+        summary = evaluation.run(policy, results, described, stopping)
     except Stopped:
         return None
-    log.info("step %d: %s; films: %s", step, say(summary), place)
+    log.info("step %d: %s; films: %s", step, say(summary), results)
     return flat(summary)
 
 

@@ -1,4 +1,4 @@
-"""Let a trained policy denoise by another scheduler, or in other steps."""
+"""Let a trained policy act by another scheduler, in other denoising steps, or for longer before it looks again."""
 
 from __future__ import annotations
 
@@ -103,6 +103,20 @@ def check_steps(policy: DiffusionPolicy, num_inference_steps: int | None, key: s
         if problem.is_error:
             raise InputError(problem.message)
         log.warning("warning: %s", problem.message)
+
+
+def change_action_steps(policy: DiffusionPolicy, n_action_steps: int, key: str = "n_action_steps") -> None:
+    """Let `policy` execute so many actions of each chunk before it looks again.
+
+    Raises:
+        InputError: its chunks do not hold so many.
+    """
+    longest = policy.horizon - policy.n_obs_steps + 1
+    if not 1 <= n_action_steps <= longest:
+        raise InputError(
+            f"{key}={n_action_steps} must be between 1 and the policy's horizon - n_obs_steps + 1 = {longest}"
+        )
+    policy.n_action_steps = n_action_steps
 
 
 def few_steps(scheduler: Any, steps: int, key: str) -> Problem | None:

@@ -183,6 +183,7 @@ class EvaluateConfig:
     num_workers: int | None = MISSING
     batch_size: int | None = MISSING
     num_inference_steps: int | None = MISSING
+    n_action_steps: int | None = MISSING
     mixed_precision: str = MISSING
     tf32: bool = MISSING
     videos: bool = MISSING

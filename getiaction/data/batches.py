@@ -168,7 +168,9 @@ def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = 
 
 
 def is_resident(episodes: Episodes, device: torch.device, placement: str) -> bool:
-    """Decide whether the data live on the training device (for a CPU: in memory) or stay memory-mapped on the host.
+    """Decide whether the data live on the training device, or are read as needed.
+
+    On a CPU both are memory-mapped; resident means that the system may keep all that was read.
 
     Raises:
         InputError: `placement` is unknown.

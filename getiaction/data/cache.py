@@ -162,7 +162,7 @@ def build_cache(
                 out.flush()
         save_file(dict(source.vectors), temporary / VECTORS)
         rows = [{key: row[key] for key in ("episode_index", "length")} for row in metadata.rows_of(episodes)]
-        describe(temporary, repo_id=metadata.repo_id, info=metadata.info, rows=rows, shapes=shapes)
+        write_description(temporary, repo_id=metadata.repo_id, info=metadata.info, rows=rows, shapes=shapes)
         publish(temporary, path)
     except OSError as error:
         if not is_full(error):
@@ -176,7 +176,7 @@ def build_cache(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def describe(
+def write_description(
     folder: Path,
     *,
     repo_id: str,

@@ -24,9 +24,11 @@ class Gatherer:
     """Gather samples as a batch on the training device.
 
     Args:
-        episodes: where the frames are; `place` decides whether they were copied to the device.
+        episodes: where the frames are.
         windows: which frames make a sample.
         device: where batches go.
+        resident: copy all episodes to the device, or on a CPU map them and let the system keep them; else read each
+            picture from the disk ahead of its use.
         crop_shape: (h, w) to crop pictures to, or None.
         observations: keys to gather besides the action.
         mirror: what mirrors samples, for `gather`'s `mirrored`.

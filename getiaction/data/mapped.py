@@ -1,7 +1,7 @@
 """Read memory-mapped pictures at random: only what is asked for, ahead of its use, and kept by nobody.
 
 Left to itself an operating system reads megabytes around each picture, and a process seems to hold all that it has ever
-read. Measured: `python -m benchmarks.large_data`. Where there is no `madvise` (Windows) nothing happens.
+read. Measured: `python -m benchmarks.large_data`. Where there is no `madvise` nothing happens.
 """
 
 from __future__ import annotations

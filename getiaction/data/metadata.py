@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from getiaction.data.metadata_checks import check_metadata
-from getiaction.errors import InputError
+from getiaction.errors import InputError, first_line
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
 
 INFO_FILE = "meta/info.json"
@@ -197,7 +197,7 @@ def find_dataset(repo_id: str, root: str | None = None, revision: str | None = N
         asked = f"dataset.repo_id={repo_id}" + (f" with dataset.revision={revision}" if revision else "")
         raise InputError(
             f"{asked} is not in {lerobot_home()} and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): give a local "
+            f"({type(error).__name__}: {first_line(error)}): give a local "
             "folder with dataset.root=<folder>, or take the demonstrations in the box: dataset=pusht_demo, or for "
             "keypoints dataset=pusht_demo_keypoints"
         ) from error

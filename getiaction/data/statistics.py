@@ -31,6 +31,9 @@ def compute_statistics(
 
     Returns:
         (D,) tensors for vectors, (C, 1, 1) in [0, 1] for cameras.
+
+    Raises:
+        KeyError: `image_stats` is unknown.
     """
     rows = episodes.rows
     statistics = {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from getiaction.errors import InputError
+from getiaction.errors import InputError, first_line
 
 FILES = ("*.json", "*.safetensors")
 
@@ -33,10 +33,9 @@ def fetch_policy(source: str, key: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # httpx and huggingface_hub each raise their own
-        reason = str(error).splitlines()[0] if str(error) else "no message"
         raise InputError(
             f"{key}={source} is no folder here, not in {HF_HUB_CACHE}, and could not be fetched from the Hugging Face "
-            f"Hub ({type(error).__name__}: {reason}): give a run folder, or a name that exists there"
+            f"Hub ({type(error).__name__}: {first_line(error)}): give a run folder, or a name that exists there"
         ) from error
 
 
@@ -75,9 +74,8 @@ def push_files(
     except Exception as error:  # httpx and huggingface_hub each raise their own
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "use a token that may write there"}
-        reason = str(error).splitlines()[0] if str(error) else "no message"
         raise InputError(
-            f"{repo_id} could not be pushed to the Hugging Face Hub ({type(error).__name__}: {reason}): "
+            f"{repo_id} could not be pushed to the Hugging Face Hub ({type(error).__name__}: {first_line(error)}): "
             f"{fix.get(status or 0, 'nothing was changed there; try again')}"
         ) from error
     return commit.commit_url

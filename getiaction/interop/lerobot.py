@@ -43,7 +43,11 @@ COMPILED = "_orig_mod."  # what torch.compile puts into the names of weights
 
 
 def write_policy(folder: Path, policy: DiffusionPolicy) -> None:
-    """Write a policy folder: weights, config, normalisation, and `getiaction.json`."""
+    """Write a policy folder: weights, config, normalisation, and `getiaction.json`.
+
+    Raises:
+        FileExistsError: there is such a folder.
+    """
     folder.mkdir(parents=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
     save_file(weights, folder / WEIGHTS)

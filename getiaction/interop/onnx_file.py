@@ -61,6 +61,8 @@ class Comparison:
 def export_onnx(path: Path, policy: DiffusionPolicy, *, num_inference_steps: int, batch_size: int = 1) -> Comparison:
     """Write `policy` as an ONNX file, in one step, after checking that ONNX Runtime and PyTorch agree about it.
 
+    The policy is moved to the CPU for that, and stays there.
+
     Raises:
         InputError: the packages for it are not installed, the scheduler has no fixed steps, or the two disagree.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from getiaction.errors import InputError
+from getiaction.errors import InputError, first_line
 from getiaction.interop.onnx_graph import CHUNK, NOISE, STEP_NOISE
 from getiaction.keys import OBS_ENV_STATE, OBS_STATE, is_camera
 from getiaction.policy import Features
@@ -136,4 +136,4 @@ def open_session(path: Path, num_threads: int | None) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no base class of their own
-        raise InputError(f"{path} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be opened by ONNX Runtime: {first_line(error)}") from error

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy.activation import Mish
-from getiaction.policy.convolution import is_plain
+from getiaction.policy.fast.activation import Mish
+from getiaction.policy.fast.convolution import is_plain
 
 
 class Conv1dInRows(nn.Module):

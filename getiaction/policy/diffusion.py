@@ -18,14 +18,15 @@ from torch.nn import functional
 
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
+from getiaction.policy.fast.kernels import cast_once
+from getiaction.policy.fast.replay import LOCK, launching
+from getiaction.policy.fast.replays import Replays, can_replay
+from getiaction.policy.fast.unroll import unroll
 from getiaction.policy.features import Features
-from getiaction.policy.kernels import cast_once
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
-from getiaction.policy.replay import LOCK, Replays, can_replay, launching
 from getiaction.policy.steps import Generators, Noise, draw_all, known_steps, start
 from getiaction.policy.unet import ConditionalUnet1d
-from getiaction.policy.unroll import unroll
 
 
 class DiffusionModel(nn.Module):
@@ -53,6 +54,9 @@ class DiffusionPolicy(nn.Module):
         drop_n_last_frames: frames at each episode's end that start no sample in training, remembered for who trains the
             policy further; None means as many as keep the executed actions of all others within the episode.
         prediction_type, loss_weighting: as `Noising` takes them.
+
+    Raises:
+        ValueError: the parts do not fit each other.
     """
 
     def __init__(
@@ -81,6 +85,10 @@ class DiffusionPolicy(nn.Module):
         self.use_separate_rgb_encoder_per_camera = use_separate_rgb_encoder_per_camera
         self.do_mask_loss_for_padding = do_mask_loss_for_padding
         within = horizon - n_action_steps - n_obs_steps + 1
+        if within < 0 or n_action_steps < 1:
+            raise ValueError(
+                f"n_action_steps={n_action_steps} must be 1 to horizon - n_obs_steps + 1 = {horizon - n_obs_steps + 1}"
+            )
         self.drop_n_last_frames = within if drop_n_last_frames is None else drop_n_last_frames
         if features.cameras and encoder is None:
             raise ValueError(
@@ -95,6 +103,8 @@ class DiffusionPolicy(nn.Module):
             self.diffusion.rgb_encoder = nn.ModuleList(encoders) if use_separate_rgb_encoder_per_camera else encoders[0]
             obs_dim += encoders[0].feature_dim * len(features.cameras)
         self.diffusion.unet = unet(action_dim=features.action_dim, cond_dim=obs_dim * n_obs_steps)
+        if horizon % (factor := getattr(self.diffusion.unet, "time_factor", 1)):
+            raise ValueError(f"horizon={horizon} must be divisible by {factor}, which its U-Net halves it by")
         self.noising = Noising(noise_scheduler, prediction_type, loss_weighting)
         self.cuda_graphs, self._replays = True, Replays()
 
@@ -184,7 +194,7 @@ class DiffusionPolicy(nn.Module):
         Returns:
             (B, Ta, Da).
 
-        On a CUDA GPU, calls of one shape are replayed as a CUDA graph from the third on (see `replay.Replays`), unless
+        On a CUDA GPU, calls of one shape are replayed as a CUDA graph from the third on (see `fast.replays`), unless
         `cuda_graphs` is set to False.
         """
         steps = num_inference_steps or self.num_inference_steps
@@ -212,7 +222,14 @@ class DiffusionPolicy(nn.Module):
             return self._replays(self, kind, make, (noise, step_noise, *seen))
 
     def prepare(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Resize and centre-crop recorded pictures, as training batches already are; keep the policy's inputs only."""
+        """Resize and centre-crop recorded pictures, as training batches already are; keep the policy's inputs only.
+
+        Args:
+            observations: key -> (B, To, ...), raw units; pictures (B, To, C, H, W), uint8 or in [0, 1].
+
+        Returns:
+            The same, pictures (B, To, C, h, w) in [0, 1].
+        """
         prepared = {key: observations[key] for key in self.features.observation_keys}
         for camera in self.features.cameras:
             pixels = prepared[camera]
@@ -251,6 +268,10 @@ class DiffusionPolicy(nn.Module):
         """Denoise a normalised trajectory, (B, T, Da), given encoded observations (B, cond_dim).
 
         Args:
+            noise: (B, T, Da), what denoising starts from; None draws it.
+            generator: of that noise and of what the sampler adds; or one for each row; or all that it adds, drawn
+                already, (steps that draw noise, B, T, Da).
+            num_inference_steps: None: the policy's own.
             times: what `steps.start` returns, on the device already.
         """
         scheduler, steps = self.noise_scheduler, num_inference_steps or self.num_inference_steps

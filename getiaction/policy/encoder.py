@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import functional as pictures
 
-from getiaction.policy.convolution import replace_convolutions
-from getiaction.policy.kernels import picture_kernels_for
+from getiaction.policy.fast.convolution import replace_convolutions
+from getiaction.policy.fast.kernels import picture_kernels_for
 
 
 class SpatialSoftmax(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 FLOW = "flow_prediction"
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", FLOW)
 LOSS_WEIGHTINGS = ("none", "min_snr")
-GAMMA = 5.0  # where the signal-to-noise ratio stops to count more; the paper's value
+GAMMA = 5.0  # where the signal-to-noise ratio stops counting for more; the paper's value
 
 
 class Noising(nn.Module):
@@ -54,7 +54,7 @@ class Noising(nn.Module):
         signal, noise, times = flow_tables(scheduler) if flows else diffusion_tables(scheduler)
         snr = (signal / noise) ** 2
         counts = torch.ones_like(snr)
-        if loss_weighting == "min_snr":  # times what an error in the target is as one in the actions, squared
+        if loss_weighting == "min_snr":  # times k squared, where an error e in the target is k e in the actions
             by_type = {"epsilon": 1 / snr.clamp_min(1e-12), "sample": counts}
             counts = snr.clamp_max(GAMMA) * by_type.get(self.prediction_type, noise**2)
         for name, table in {"signal": signal, "noise": noise, "times": times, "weight": counts}.items():

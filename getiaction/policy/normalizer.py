@@ -13,7 +13,6 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 """key -> {"min", "max", "mean", "std"} -> (D,) for vectors, (C, 1, 1) in [0, 1] for cameras."""
 
 MODES = ("mean_std", "min_max", "identity")
-KINDS = ("visual", "state", "env", "action")
 EPS = 1e-8  # LeRobot's: added to std, and standing in for a range of zero
 
 
@@ -63,14 +62,21 @@ class Normalizer(nn.Module):
         return (value - shift) * scale + offset
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
-        """Take `value` back to the dataset's units."""
+        """Take a normalised feature, (..., D), back to the dataset's units."""
         if key not in self._index:
             return value
         shift, scale, offset = self._affine(key)
         return (value - offset) / scale + shift
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Normalise every feature of a batch that has statistics, and pictures; pass the rest through."""
+        """Normalise every feature of a batch that has statistics, and pictures; pass the rest through.
+
+        Args:
+            batch: key -> (B, To or T, D), raw units, or (B, To, C, h, w), uint8 or in [0, 1].
+
+        Returns:
+            The same keys and shapes.
+        """
         return {
             key: self.normalize(key, value) if key in self._index or is_camera(key) else value
             for key, value in batch.items()
@@ -78,7 +84,11 @@ class Normalizer(nn.Module):
 
 
 def affine(key: str, stats: Mapping[str, Tensor], mode: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (shift, scale, offset) of one feature."""
+    """Return (shift, scale, offset) of one feature, each of the shape of its statistics.
+
+    Raises:
+        ValueError: the mode is unknown, or needs statistics that are missing.
+    """
     if mode not in MODES:
         raise ValueError(f"policy.normalization.{kind_of(key)}={mode!r} must be one of {', '.join(MODES)}")
     needed = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "identity": ()}[mode]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from getiaction.policy.activation import Mish
-from getiaction.policy.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.kernels import kernels_for
-from getiaction.policy.replay import is_watched
+from getiaction.policy.fast.activation import Mish
+from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.fast.kernels import kernels_for
+from getiaction.policy.fast.watch import is_watched
 
 NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md
 FINAL_GROUPS = 8  # of the last block's group norm, whatever `n_groups` says: so it is in the reference and in LeRobot

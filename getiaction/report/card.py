@@ -41,6 +41,8 @@ from getiaction.policy import Controller
 controller = Controller(load_policy("{repo_id}"), seed=0)
 ```
 """
+BOXED = "getiaction/"
+"""How the leaves of `conf/dataset/` begin the names of the demonstrations in the box."""
 LEROBOT = """With [LeRobot](https://github.com/huggingface/lerobot), on a robot or in a simulator:
 `--policy.path={repo_id}`, or `DiffusionPolicy.from_pretrained("{repo_id}")`. With GetiAction:
 """
@@ -97,7 +99,8 @@ def say_evaluation(numbers: dict[str, Any] | None) -> str:
     return "\n".join(
         [
             f"{numbers['episodes']} episodes ({where}; seeds {min(seeds)} to {max(seeds)}), "
-            f"{numbers['num_inference_steps']} denoising steps, on {numbers['device']}:",
+            f"{numbers['num_inference_steps']} denoising steps by {numbers['scheduler']['class']}, "
+            f"{numbers['policy']['n_action_steps']} actions executed of each chunk, on {numbers['device']}:",
             "",
             "| | mean [95% interval] |",
             "| --- | --- |",
@@ -117,13 +120,13 @@ def say_training(made: dict[str, Any]) -> str:
     if not made:
         return "No run of GetiAction's belongs to this policy: it was imported."
     config, run = made["config"], made["run"]
-    training, dataset = config["training"], config["dataset"]
+    training = config["training"]
     length = f"{training['max_steps']} steps" if training["max_steps"] else f"{training['max_epochs']} epochs"
     batch = training["batch_size"] * training["gradient_accumulation_steps"] * run.get("processes", 1)
     command = shlex.join(["python", "-m", "getiaction.train", *run["command"][1:]])
     rows = {
         "preset": config["name"],
-        "data": "; ".join(map(say_source, sources_of(dataset))),
+        "data": "; ".join(map(say_source, sources_of(made))),
         "length": f"{length} of {batch} samples, seed {config['seed']}",
         "started from": training.get("init_from") or "drawn weights",
         "hardware": f"{run['device']}, precision {run.get('mixed_precision', 'no')}",
@@ -133,10 +136,23 @@ def say_training(made: dict[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *table, "", "```bash", command, "```"])
 
 
-def sources_of(dataset: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the datasets of a run's config: one, or several."""
+def sources_of(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the datasets of a run: one, or several.
+
+    A folder given on the command line is not what the preset's `repo_id` says, unless that was given as well.
+    """
+    dataset, run = made["config"]["dataset"], made["run"]
+    given = {override.split("=", 1)[0].lstrip("+") for override in run.get("overrides", run["command"][1:])}
+    if "dataset.root" in given and "dataset.repo_id" not in given:
+        dataset = dataset | {"repo_id": None}
     entries = dataset.get("sources") or [dataset]  # a run of before there were several has no such key
     return [entry if isinstance(entry, dict) else {"repo_id": entry} for entry in entries]
+
+
+def on_the_hub(made: dict[str, Any]) -> list[str]:
+    """Return the names of those datasets of a run that the Hub may have."""
+    names = (source.get("repo_id") for source in sources_of(made))
+    return [name for name in names if name and not name.startswith(BOXED)]
 
 
 def say_source(source: dict[str, Any]) -> str:
@@ -180,9 +196,7 @@ def write_card(
         library_name="getiaction" if reasons else "lerobot",
         pipeline_tag="robotics",
         tags=["robotics", "diffusion-policy", "getiaction", *([] if reasons else ["lerobot"])],
-        datasets=list(filter(None, (source.get("repo_id") for source in sources_of(made["config"]["dataset"]))))
-        if made
-        else None,
+        datasets=on_the_hub(made) if made else None,
     )
     features = described["features"]
     seen = [key for key in ("state_dim", "env_state_dim") if features[key] is not None]

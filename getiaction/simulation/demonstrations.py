@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from getiaction.errors import InputError
+from getiaction.errors import InputError, TrainingError
 from getiaction.keys import ACTION
 from getiaction.progress import redraw_seconds
 from getiaction.simulation.environment import Demonstrable, Step
@@ -114,6 +114,11 @@ class Attempts:
         path = self.path(number)
         return path.stat().st_size > 0 if path.exists() else None
 
+    def length(self, number: int) -> int:
+        """Return how many steps an attempt that succeeded has."""
+        with np.load(self.path(number)) as file:
+            return len(file[DONE])
+
     def read(self, number: int) -> Frames:
         """Read an attempt that succeeded."""
         with np.load(self.path(number)) as file:
@@ -154,7 +159,7 @@ def collect(
         num_workers: processes; 0 is this one.
 
     Raises:
-        RuntimeError: hardly any attempt succeeds.
+        TrainingError: hardly any attempt succeeds.
     """
     with open_executor(num_workers) as submit, demonstration_bar(episodes) as bar:
         running: dict[Future[bool], int] = {}
@@ -170,7 +175,7 @@ def collect(
                     future.cancel()
                 return good[:episodes], good[episodes - 1] + 1
             if len(known) >= 50 and len(good) < len(known) / 10:
-                raise RuntimeError(f"only {len(good)} of {len(known)} attempts succeeded: the expert cannot do this")
+                raise TrainingError(f"only {len(good)} of {len(known)} attempts succeeded: the expert cannot do this")
             while len(running) < max(num_workers, 1):
                 if attempts.succeeded(following) is None:
                     running[submit(attempt, make, attempts, following, *seeds(following), midway, disturbance)] = (

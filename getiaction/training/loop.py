@@ -5,9 +5,10 @@ What a step sees is a pure function of (seed, step): a run that was killed goes 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ class Plan:
 Evaluate = Callable[[DiffusionPolicy, int, bool, Callable[[], int]], dict[str, float] | None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
     """Hold the parts of a run and train.
 
@@ -87,11 +88,12 @@ class Trainer:
     keep_best: bool = False
     data: str = ""  # fingerprint of the episodes
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
-    step: int = 0
-    unread: list[Tensor] = field(default_factory=list)  # losses that nobody has waited for yet
-    read: list[float] = field(default_factory=list)  # losses since the last line of metrics
-    latest: dict[str, float] = field(default_factory=dict)
     replays: bool = False
+    step: int = field(default=0, init=False)
+    saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint of this process
+    unread: list[Tensor] = field(default_factory=list, init=False)  # losses that nobody has waited for yet
+    read: list[float] = field(default_factory=list, init=False)  # losses since the last line of metrics
+    latest: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Put together what takes a step."""
@@ -203,7 +205,7 @@ class Trainer:
     def _validate(self, clock: Clock) -> None:
         if self.validator is None:
             return
-        with clock.paused():
+        with self._pausing(clock):
             if self.accelerator.is_main_process:
                 with self.accelerator.autocast():
                     measured = self.validator(self.best)
@@ -227,7 +229,7 @@ class Trainer:
         episodes = self.plan.final_episodes if last else self.plan.episodes
         if from_main(self.metrics.holds(self.step, "score", episodes=episodes)):
             return
-        with clock.paused(), self.watchdog.resting(), evaluating(self.best):
+        with self._pausing(clock), evaluating(self.best):
             share_buffers(self.best)
             measured = self.evaluate(self.best, self.step, last, stopping)
             if measured is not None:
@@ -241,7 +243,9 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _save(self, clock: Clock) -> None:
-        with clock.paused():
+        if self.saved == self.step:
+            return
+        with self._pausing(clock):
             self._read_losses()
             if not all(torch.stack([weight.isfinite().all() for weight in self.best.parameters()]).tolist()):
                 raise TrainingError(self._advice(self.step - 1, float("nan")))
@@ -261,6 +265,13 @@ class Trainer:
                     ),
                 )
             self.accelerator.wait_for_everyone()
+        self.saved = self.step
+
+    @contextlib.contextmanager
+    def _pausing(self, clock: Clock) -> Iterator[None]:
+        """Leave out of the rate, and out of what the watchdog sees, work that some processes only wait for."""
+        with clock.paused(), self.watchdog.resting():
+            yield
 
     def _agree(self, number: int) -> int:
         """Return the signal that any process has received; several processes ask each other now and then."""

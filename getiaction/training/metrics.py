@@ -63,7 +63,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics; a last line that was cut short is left out."""
+    """Return the lines of a run's metrics; one that a kill cut short is left out."""
     path = folder / METRICS_FILE
     lines: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:

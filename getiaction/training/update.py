@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from getiaction.data.gather import Batch
-from getiaction.policy.replay import Replay, is_watched
+from getiaction.policy.fast.replay import Replay
+from getiaction.policy.fast.watch import is_watched
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,6 @@ class Rates:
 
 
 def can_replay(accelerator: Accelerator) -> bool:
-    """Tell whether a step can be a CUDA graph: on one GPU, without a gradient scaler, which looks at the gradients."""
+    """Tell whether a step can be a CUDA graph: on one GPU, without a gradient scaler, which may leave a step out."""
     alone = accelerator.num_processes == 1 and accelerator.scaler is None
     return alone and accelerator.device.type == "cuda" and torch.cuda.is_available()

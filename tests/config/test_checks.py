@@ -71,7 +71,14 @@ ERRORS = [
     (["+scheduler.noise=1"], "scheduler cannot be built"),
     (["scheduler._target_=diffusers.NoScheduler"], "scheduler cannot be built"),
     (["scheduler.beta_schedule=quadratic"], "scheduler cannot be built"),
+    ([f"scheduler._target_={__name__}.refuse"], "scheduler cannot be built: AssertionError"),
 ]
+
+
+def refuse(**_: object) -> None:
+    """Stand in for somebody's class that says nothing of what is wrong."""
+    raise AssertionError
+
 
 WARNINGS = [
     (["backbone.weights=IMAGENET1K_V1"], "norms start from the pretrained affine values"),

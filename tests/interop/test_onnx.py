@@ -317,14 +317,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_a_run_is_exported_with_another_sampler(keypoints_run: Path, tmp_path: Path, run: Any) -> None:
+def test_a_run_is_exported_with_another_sampler_and_length(keypoints_run: Path, tmp_path: Path, run: Any) -> None:
     path = tmp_path / "new" / "policy.onnx"
-    more = ("--scheduler", "ddim", "--num-inference-steps", "3")
+    more = ("--scheduler", "ddim", "--num-inference-steps", "3", "--n-action-steps", "5")
     code, said = run(str(keypoints_run), "--output", str(path), *more)
     assert code == 0, said
     assert "DDIMScheduler, 3 denoising steps" in said
     assert "exporting: 1 of 4 parts" in said  # while it works
     assert "observation.environment_state" in said
+    assert "(1, 5, 2)" in said
     assert list(path.parent.iterdir()) == [path]
     assert load_policy(keypoints_run / "checkpoints/last/pretrained_model").num_inference_steps != 3  # left as it was
 
@@ -339,6 +340,7 @@ def test_a_run_is_exported_with_another_sampler(keypoints_run: Path, tmp_path: P
         ),
         (("--output", "{}/policy.onnx", "--scheduler", "euler"), "--scheduler euler is not known: use ddim, ddpm"),
         (("--output", "{}/policy.onnx", "--num-inference-steps", "9999"), "--num-inference-steps=9999 must be between"),
+        (("--output", "{}/policy.onnx", "--n-action-steps", "0"), "--n-action-steps=0 must be between 1 and"),
         (("--output", "{}/policy.onnx", "--batch-size", "0"), "--batch-size 0 must be at least 1"),
     ],
 )

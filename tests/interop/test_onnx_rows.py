@@ -8,7 +8,7 @@ from torch import nn
 
 from getiaction.interop.onnx_rows import Conv1dInRows, DoublingInRows, MishOfSigmoid, in_rows, replacement
 from getiaction.policy import ConditionalUnet1d
-from getiaction.policy.activation import Mish
+from getiaction.policy.fast.activation import Mish
 
 
 @pytest.fixture(autouse=True)

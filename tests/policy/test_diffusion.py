@@ -14,7 +14,7 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy import DiffusionPolicy, Features
+from getiaction.policy import DiffusionPolicy, Features, Normalizer
 
 SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -189,6 +189,20 @@ def test_the_generator_decides_the_actions(make_policy) -> None:
     assert first.shape == (4, 4, 2)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    ("times", "rule"),
+    [
+        ({"n_action_steps": 16}, r"n_action_steps=16 must be 1 to horizon - n_obs_steps \+ 1 = 15"),
+        ({"n_action_steps": 0}, "n_action_steps=0 must be 1 to"),
+        ({"horizon": 10}, "horizon=10 must be divisible by 4"),
+    ],
+)
+def test_times_that_do_not_fit_are_refused(times: dict[str, int], rule: str) -> None:
+    parts = {"normalizer": Normalizer({}, {}), "noise_scheduler": DDPMScheduler(10), "encoder": None}
+    with pytest.raises(ValueError, match=rule):
+        DiffusionPolicy(Features(action_dim=2, state_dim=3), **parts, **times)
 
 
 def test_cameras_need_an_encoder(make_policy) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
 
+from getiaction.check import check
+from getiaction.config.compose import compose
+from getiaction.config.launch import overrides_for
 from getiaction.config.sweep import COMPLETE, sweep_folder
 from getiaction.errors import InputError
 from getiaction.files import claimed
@@ -59,6 +68,20 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tiny: Any, helpers: Any, t
     tiny.fit(tmp_path / "alone", *jobs[1:], "seed=1", "hardware.num_threads=1")
     assert helpers.losses(folder / "1") == helpers.losses(tmp_path / "alone")
     assert (folder / COMPLETE).exists()
+
+
+def test_processes_of_a_job_go_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that a sweep starts for each process says so: there it is no sweep."""
+    typed = ["+preset=pusht_multigpu", "seed=1", "output_dir=elsewhere", "training.resume=auto"]
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=SimpleNamespace(task=typed)))
+    config = compose(["+preset=pusht_multigpu", "training.resume=null"])
+    assert overrides_for(config, Path("a run/1")) == [*typed[:2], "output_dir='a run/1'"]
+    config.training.resume = "a run/1"
+    assert overrides_for(config, Path("a run/1")) == [
+        *typed[:2],
+        "output_dir='a run/1'",
+        "training.resume='a run/1'",
+    ]
 
 
 def test_a_sweep_that_is_complete_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +182,25 @@ def test_a_run_that_was_killed_before_it_saved_starts_anew(tiny: Any, helpers: A
 def test_a_result_belongs_to_a_run_that_is_complete(tiny: Any, helpers: Any, tmp_path: Path) -> None:
     metrics = tiny.train(tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == {"step": 4, "metrics": metrics}
+
+
+def test_a_folder_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with claimed(tmp_path):
+        assert "nothing keeps a second process from writing to" in caplog.text
+
+
+def test_check_refuses_what_training_would(tiny: Any, tmp_path: Path) -> None:
+    tiny.fit(tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(asdict(tiny.config())))
+    again = f"training.resume={tmp_path / 'run'}"
+    assert check(tiny.overrides(again))[-1] == "all is well"
+    with pytest.raises(InputError, match=r"optimizer.lr=1 cannot change in a run that resumes"):
+        check(tiny.overrides(again, "optimizer.lr=1"))
+    with pytest.raises(InputError, match="already holds a run"):
+        check(tiny.overrides(f"output_dir={tmp_path / 'run'}"))

@@ -97,8 +97,10 @@ def test_another_policy_is_refused_with_the_overrides_that_make_it_the_same(
 
 def test_what_may_differ_is_warned_of(tiny: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    tiny.train(tmp_path / "run", f"training.init_from='{base}'", "policy.n_action_steps=4")
+    changed = ("policy.n_action_steps=4", "scheduler=dpm_solver")
+    tiny.train(tmp_path / "run", f"training.init_from='{base}'", *changed)
     assert "was made with policy.n_action_steps=8, now it is 4" in caplog.text
+    assert "was made with scheduler.clip_sample=true, which there is none of here" in caplog.text
     assert f"starting from the weights of {base / 'checkpoints/last/pretrained_model'}" in caplog.text
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from getiaction.config.checks import HALF, NOISE_REACHED
+from getiaction.config.checks import HALF
 from getiaction.config.lightning.keys import MODEL_DEFAULTS
-from getiaction.config.lightning.values import is_number
+from getiaction.config.noise_checks import NOISE_REACHED
+from getiaction.config.value_checks import is_number
 from getiaction.data.metadata import DatasetMetadata
 from getiaction.data.windows import delta_timestamps
 from getiaction.errors import InputError

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.replay import KEPT, PATIENCE, WARM_UP, Replay, Replays
+from getiaction.policy.fast.replay import WARM_UP, Replay
+from getiaction.policy.fast.replays import KEPT, PATIENCE, Replays
 
 CPU = torch.device("cpu")
 TWO = torch.ones(2)

@@ -51,10 +51,13 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, weight, out, statistics, gradient, by_x, by_residual, by_affine, places, size,
+    x, weight, bias, out, statistics, gradient, by_x, by_residual, by_affine, places, size,
     ADDS: tl.constexpr, RECTIFIES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do."""
+    """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do.
+
+    Where nothing was added, what the ReLU cut off is computed again, which is sooner than reading `out`.
+    """
     row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
@@ -62,17 +65,21 @@ def norm_backward_kernel(
     corner = row * places * channels + channel
     kept = statistics + 2 * (row * tl.num_programs(1) + group)
     mean, rate = tl.load(kept), tl.load(kept + 1)
+    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
 
     by_offset, by_gain = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     for first in range(0, places, PLACES):
         mask = (first + place < places) & known
         there = corner + (first + place) * channels
         found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
-        if RECTIFIES:
-            found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
-        if ADDS:
-            tl.store(by_residual + there, found.to(by_residual.dtype.element_ty), mask=mask)
         normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
+        if ADDS:
+            if RECTIFIES:
+                found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
+            tl.store(by_residual + there, found.to(by_residual.dtype.element_ty), mask=mask)
+        elif RECTIFIES:
+            found = tl.where(normal * gain + offset > 0.0, found, 0.0)
         by_offset += tl.sum(found, 0)
         by_gain += tl.sum(found * normal, 0)
     alone = tl.arange(0, CHANNELS)
@@ -83,13 +90,15 @@ def norm_backward_kernel(
     gains = tl.load(weight + group * size + alone, mask=own, other=0.0).to(tl.float32)
     average = tl.sum(by_offset * gains, 0) / (places * size)
     along = tl.sum(by_gain * gains, 0) / (places * size)
-    gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     for first in range(0, places, PLACES):
         mask = (first + place < places) & known
         there = corner + (first + place) * channels
         found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
-        if RECTIFIES:
-            found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
         normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
+        if RECTIFIES:
+            if ADDS:
+                found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
+            else:
+                found = tl.where(normal * gain + offset > 0.0, found, 0.0)
         result = rate * (found * gain - average - normal * along)
         tl.store(by_x + there, result.to(by_x.dtype.element_ty), mask=mask)

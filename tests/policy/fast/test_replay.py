@@ -14,9 +14,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Normalizer
-from getiaction.policy.convolution import Conv1d
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.replay import Held, Listeners, Replay, Replays, is_watched
+from getiaction.policy.fast.convolution import Conv1d
+from getiaction.policy.fast.replay import Replay
+from getiaction.policy.fast.replays import Replays
+from getiaction.policy.fast.watch import Held, Listeners, is_watched
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 CALLS = 5  # two before the capture, the capture, and two replays

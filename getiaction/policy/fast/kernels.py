@@ -11,10 +11,13 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.replay import first_line, is_watched
+from getiaction.errors import first_line
+from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+TRIALS = ((20, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
+"""What is compared at the first use: a picture's side, its type, whether something is added, how close it must be."""
 _FOUND: dict[Callable[[], ModuleType], ModuleType | None] = {}
 _CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
 
@@ -68,6 +71,8 @@ def _try(try_out: Callable[[], ModuleType]) -> ModuleType | None:
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
             return try_out()
+    except (TimeoutError, torch.OutOfMemoryError):  # says nothing about the kernels
+        raise
     except Exception as error:  # whatever a compiler says
         reason = first_line(error)
         log.warning("warning: Triton's kernels are not used, PyTorch's slower ones are, on this GPU: %s", reason)
@@ -75,14 +80,14 @@ def _try(try_out: Callable[[], ModuleType]) -> ModuleType | None:
 
 
 def _try_sequences() -> ModuleType:
-    from getiaction.policy import fused
+    from getiaction.policy.fast import fused
 
     fused.unfold(torch.zeros(1, 1, 2, device="cuda"), kernel=3, stride=1, padding=1, dtype=torch.float32)
     return fused
 
 
 def _try_pictures() -> ModuleType:
-    from getiaction.policy import fused_pictures
+    from getiaction.policy.fast import fused_pictures
 
     compare(fused_pictures.normalise, torch.device("cuda"))
     return fused_pictures
@@ -95,17 +100,19 @@ def compare(normalise: Callable[..., Tensor], device: torch.device) -> None:
         ArithmeticError: they are not the same to rounding (TF32 does not matter here).
     """
     norm = nn.GroupNorm(2, 32, device=device)
-    wave = torch.arange(2 * 32 * 20 * 20, device=device).float().view(2, 32, 20, 20).sin()
-    x = wave.contiguous(memory_format=torch.channels_last).requires_grad_()
-    inputs = [x, norm.weight, norm.bias]
-    ours, theirs = normalise(norm, x, residual=2 * x, rectify=True), (norm(x) + 2 * x).relu()
-    pairs = zip(
-        (ours, *torch.autograd.grad((ours * wave).sum(), inputs)),
-        (theirs, *torch.autograd.grad((theirs * wave).sum(), inputs)),
-        strict=True,
-    )
-    if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs):
-        raise ArithmeticError("they compute something else")
+    for side, dtype, adds, close in TRIALS:
+        wave = torch.arange(2 * 32 * side * side, device=device).float().view(2, 32, side, side).sin()
+        x = wave.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        inputs = [x, norm.weight, norm.bias]
+        ours = normalise(norm, x, residual=2 * x if adds else None, rectify=True).float()
+        theirs = (norm(x.float()) + (2 * x.float() if adds else 0)).relu()
+        pairs = zip(
+            (ours, *torch.autograd.grad((ours * wave).sum(), inputs)),
+            (theirs, *torch.autograd.grad((theirs * wave).sum(), inputs)),
+            strict=True,
+        )
+        if not all(torch.allclose(one.float(), other.float(), rtol=close, atol=close) for one, other in pairs):
+            raise ArithmeticError(f"they compute something else for {side}x{side} places in {dtype}")
 
 
 @contextlib.contextmanager
@@ -125,5 +132,5 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     place = id(weight), dtype
     if place not in kept:
-        kept[place] = weight, weight.to(dtype)  # the first keeps others from having its place
+        kept[place] = weight, weight.to(dtype)  # holding the weight keeps its id from others
     return kept[place][1]

@@ -18,11 +18,11 @@ import triton
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from getiaction.policy.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
-from getiaction.policy.kernels import cast
+from getiaction.policy.fast.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
+from getiaction.policy.fast.kernels import cast
 
 BLOCK = 1024  # numbers that a program copies
-LARGEST = 16384  # numbers of a group that a program holds
+LARGEST = 8192  # numbers of a group that a program holds: 16 for each thread of 16 warps
 NUMBERS_A_WARP = 256
 
 
@@ -195,7 +195,7 @@ class _Block(torch.autograd.Function):
 def tile(steps: int, size: int) -> dict[str, int]:
     """Return what a program holds of a group, and how many warps share the work."""
     held = {"STEPS": triton.next_power_of_2(steps), "CHANNELS": triton.next_power_of_2(size)}
-    return {**held, "num_warps": max(1, min(8, held["STEPS"] * held["CHANNELS"] // NUMBERS_A_WARP))}
+    return {**held, "num_warps": max(1, min(16, held["STEPS"] * held["CHANNELS"] // NUMBERS_A_WARP))}
 
 
 def takes(norm: nn.GroupNorm, steps: int) -> bool:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy import ConditionalUnet1d, ImageEncoder, convolution, encoder, unet
-from getiaction.policy.convolution import Conv1d, ConvTranspose1d, use_library
-from getiaction.policy.kernels import compare
+from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
+from getiaction.policy.fast import convolution
+from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d, use_library
+from getiaction.policy.fast.kernels import compare
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -37,7 +38,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     """The compiler refuses things that the interpreter takes."""
     pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
-    kernels = importlib.import_module("getiaction.policy.fused_kernels")
+    kernels = importlib.import_module("getiaction.policy.fast.fused_kernels")
     window = {"KERNEL": 5, "STRIDE": 1, "PADDING": 2, "BLOCK": 1024}
     block = {"STARTS": True, "SCALES": True, "SHIFTS": True, "STEPS": 16, "CHANNELS": 64}
     compile_kernel(kernels.unfold_kernel, ("x", "out"), window)
@@ -46,11 +47,13 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
     compile_kernel(kernels.block_backward_kernel, backwards, block)
-    kernels = importlib.import_module("getiaction.policy.fused_picture_kernels")
+    kernels = importlib.import_module("getiaction.policy.fast.fused_picture_kernels")
     group = {"ADDS": True, "RECTIFIES": True, "PLACES": 256, "CHANNELS": 16}
-    compile_kernel(kernels.norm_kernel, ("x", "weight", "bias", "residual", "out", "statistics"), group)
-    backwards = ("x", "weight", "out", "statistics", "gradient", "by_x", "by_residual", "by_affine")
-    compile_kernel(kernels.norm_backward_kernel, backwards, group)
+    forwards = ("x", "weight", "bias", "residual", "out", "statistics")
+    backwards = ("x", "weight", "bias", "out", "statistics", "gradient", "by_x", "by_residual", "by_affine")
+    for changed in ({}, {"ADDS": False, "PLACES": 16}):
+        compile_kernel(kernels.norm_kernel, forwards, group | changed)
+        compile_kernel(kernels.norm_backward_kernel, backwards, group | changed)
 
 
 def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any]) -> None:
@@ -69,7 +72,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     """Return the kernels for pictures, and let encoders use them."""
     if not (ON_GPU or INTERPRETED):
         pytest.skip("see test_the_kernels_in_the_interpreter")
-    kernels = importlib.import_module("getiaction.policy.fused_pictures")
+    kernels = importlib.import_module("getiaction.policy.fast.fused_pictures")
 
     def find(backbone: Any, x: Tensor) -> ModuleType | None:
         return None if getattr(backbone, "by_library", False) else kernels
@@ -84,7 +87,7 @@ def fused(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     """Return the kernels, and let every layer use them."""
     if not (ON_GPU or INTERPRETED):
         pytest.skip("see test_the_kernels_in_the_interpreter")
-    kernels = importlib.import_module("getiaction.policy.fused")
+    kernels = importlib.import_module("getiaction.policy.fast.fused")
 
     def find(layer: Any, x: Tensor) -> ModuleType | None:
         return None if layer.by_library or x.ndim != 3 else kernels
@@ -284,7 +287,7 @@ def test_encoders_take_them_unless_told_otherwise(pictures: ModuleType, monkeypa
     monkeypatch.setattr(pictures, "run", lambda backbone, x: called.append(1) or backbone(x))
     images = drawn(1, 3, 40, 40)
     for norm, times in (("batch", 0), ("group", 1)):
-        made = ImageEncoder((3, 40, 40), norm=norm).to(DEVICE)
+        made = ImageEncoder((3, 40, 40), norm=norm).to(DEVICE, memory_format=torch.channels_last)
         made(images)
         assert len(called) == times
     handle = made.backbone[1].register_forward_hook(lambda *_: None)  # who listens to a layer wants it called
@@ -314,6 +317,9 @@ def test_pure_bf16_stays_bf16(pictures: ModuleType) -> None:
     lying = x.bfloat16().contiguous(memory_format=torch.channels_last)
     found = pictures.normalise(norm, lying, residual=lying, rectify=True)
     assert found.dtype == torch.bfloat16
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert pictures.normalise(norm, lying).dtype == torch.float32
+        assert pictures.normalise(norm, lying, only_convolved=True).dtype == torch.bfloat16
     exact = functional.relu(functional.group_norm(lying.float(), 2) + lying.float())
     check(found, exact, [x, norm.weight][:1], 2e-2)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.copies import Copy
+from getiaction.policy.fast.copies import Copy
 
 SHAPES = [(64, 320), (3, 5), (1, 1), (128, 4096)]
 

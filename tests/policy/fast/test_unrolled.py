@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import getiaction.policy.unrolled as unrolled_module
+import getiaction.policy.fast.unrolled as unrolled_module
 from getiaction.policy import ConditionalUnet1d
-from getiaction.policy.convolution import Conv1d
-from getiaction.policy.unroll import KEPT, PLANS, unroll
-from getiaction.policy.unrolled import UnrolledUnet
+from getiaction.policy.fast.convolution import Conv1d
+from getiaction.policy.fast.unroll import KEPT, PLANS, unroll
+from getiaction.policy.fast.unrolled import UnrolledUnet
 
 TIMESTEPS = torch.tensor([90, 10, 0])
 SHAPES: dict[str, dict[str, Any]] = {

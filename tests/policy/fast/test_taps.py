@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy import ConditionalUnet1d, ImageEncoder, convolution
-from getiaction.policy.convolution import Conv1d, Conv2d, use_taps
-from getiaction.policy.taps import convolve_by_taps, find_taps
-from getiaction.policy.unroll import unroll
+from getiaction.policy import ConditionalUnet1d, ImageEncoder
+from getiaction.policy.fast import convolution
+from getiaction.policy.fast.convolution import Conv1d, Conv2d, use_taps
+from getiaction.policy.fast.taps import convolve_by_taps, find_taps
+from getiaction.policy.fast.unroll import unroll
 
 SIZES = [  # sides, kernel, stride, padding
     ((2, 2), (3, 3), (1, 1), (1, 1)),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy import ImageEncoder, kernels
-from getiaction.policy.convolution import use_library
-from getiaction.policy.kernels import cast, cast_once, picture_kernels_for
+from getiaction.policy import ImageEncoder
+from getiaction.policy.fast import kernels
+from getiaction.policy.fast.convolution import use_library
+from getiaction.policy.fast.kernels import cast, cast_once, picture_kernels_for
 
 HALF = torch.bfloat16
 

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.copies import Copies
-from getiaction.policy.replay import Held
+from getiaction.policy.fast.copies import Copies
+from getiaction.policy.fast.unrolled import OtherLayerError, Plan, UnrolledUnet, multiplied_in
+from getiaction.policy.fast.watch import Held
 from getiaction.policy.unet import ConditionalUnet1d
-from getiaction.policy.unrolled import OtherLayerError, Plan, UnrolledUnet, multiplied_in
 
 PLANS = 4  # kept of a U-Net, the ones used last
 

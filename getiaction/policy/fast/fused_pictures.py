@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from getiaction.policy.fused_picture_kernels import norm_backward_kernel, norm_kernel
+from getiaction.policy.fast.fused_picture_kernels import norm_backward_kernel, norm_kernel
 
 HELD = 4096  # numbers that a program holds at a time
 NUMBERS_A_WARP = 512
@@ -38,10 +38,10 @@ class _Norm(torch.autograd.Function):
         groups: int,
         eps: float,
         rectify: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         rows, channels, height, width = x.shape
         places, size = height * width, channels // groups
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype  # as PyTorch's
         out = torch.empty_like(x, dtype=dtype, memory_format=LAST)
         statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
         around = None if residual is None else residual.contiguous(memory_format=LAST)
@@ -50,14 +50,14 @@ class _Norm(torch.autograd.Function):
                 x, weight, bias, x if around is None else around, out, statistics, places, size, eps,
                 ADDS=around is not None, RECTIFIES=rectify, **tile(places, size),
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, out if rectify else None, statistics)
-        ctx.groups, ctx.residual = groups, None if residual is None else residual.dtype
+        ctx.save_for_backward(x, weight, bias, None if residual is None else out, statistics)
+        ctx.groups, ctx.rectify, ctx.residual = groups, rectify, None if residual is None else residual.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, out, statistics = ctx.saved_tensors
+        x, weight, bias, out, statistics = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=LAST)
         rows, channels, height, width = x.shape
         places, size = height * width, channels // ctx.groups
@@ -66,12 +66,12 @@ class _Norm(torch.autograd.Function):
         by_affine = torch.empty((2, rows, channels), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             norm_backward_kernel[rows, ctx.groups](
-                x, weight, x if out is None else out, statistics, gradient, by_x,
+                x, weight, bias, x if out is None else out, statistics, gradient, by_x,
                 by_x if by_residual is None else by_residual, by_affine, places, size,
-                ADDS=by_residual is not None, RECTIFIES=out is not None, **tile(places, size),
+                ADDS=by_residual is not None, RECTIFIES=ctx.rectify, **tile(places, size),
             )  # fmt: skip
         by_weight, by_bias = by_affine.sum(1).to(weight.dtype)
-        return by_x, by_weight, by_bias, by_residual, None, None, None
+        return by_x, by_weight, by_bias, by_residual, None, None, None, None
 
 
 def tile(places: int, size: int) -> dict[str, int]:
@@ -81,10 +81,23 @@ def tile(places: int, size: int) -> dict[str, int]:
     return {"PLACES": held, "CHANNELS": channels, "num_warps": max(1, min(8, held * channels // NUMBERS_A_WARP))}
 
 
-def normalise(norm: nn.GroupNorm, x: Tensor, *, residual: Tensor | None = None, rectify: bool = False) -> Tensor:
-    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; by PyTorch's kernels if channels do not lie last."""
+def normalise(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    rectify: bool = False,
+    only_convolved: bool = False,
+) -> Tensor:
+    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; by PyTorch's kernels if channels do not lie last.
+
+    Under autocast the result is float32, as PyTorch's; or x's type, where a convolution alone reads it, which would
+    round it so.
+    """
     if x.is_contiguous(memory_format=LAST) and len(x):
-        return _Norm.apply(x, norm.weight, norm.bias, residual, norm.num_groups, norm.eps, rectify)
+        widens = torch.is_autocast_enabled(x.device.type) and not only_convolved
+        dtype = torch.float32 if widens else x.dtype
+        return _Norm.apply(x, norm.weight, norm.bias, residual, norm.num_groups, norm.eps, rectify, dtype)
     y = norm(x)
     y = y if residual is None else y + residual
     return functional.relu(y) if rectify else y
@@ -124,7 +137,7 @@ def run_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     residual = x if way is None else normalise(way[1], way[0](x))
     *firsts, (last, last_norm) = pairs_of(block)
     for convolution, norm in firsts:
-        x = normalise(norm, convolution(x), rectify=True)
+        x = normalise(norm, convolution(x), rectify=True, only_convolved=True)
     return normalise(last_norm, last(x), residual=residual, rectify=True)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy import convolution
-from getiaction.policy.convolution import Conv1d, Conv2d, replace_convolutions
+from getiaction.policy.fast import convolution
+from getiaction.policy.fast.convolution import Conv1d, Conv2d, replace_convolutions
 
 LAYERS: list[tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = [
     (Conv1d, {"kernel_size": 3, "padding": 1}, (4,)),

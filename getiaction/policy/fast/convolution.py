@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy.kernels import kernels_for
-from getiaction.policy.taps import Pair, convolve_by_taps
+from getiaction.policy.fast.kernels import kernels_for
+from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}

@@ -10,27 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+from torch import Tensor
+
+from getiaction.errors import first_line
 
 log = logging.getLogger(__name__)
 # Nobody may draw from the device's generator, or wait for the device, while a graph is captured.
 LOCK = threading.RLock()
 WARM_UP = 2  # calls before the capture: cuDNN and cuBLAS choose, and allocate, what they need
-GLOBAL_HOOKS = (
-    hooks._global_forward_hooks,
-    hooks._global_forward_pre_hooks,
-    hooks._global_backward_hooks,
-    hooks._global_backward_pre_hooks,
-)
-KEPT = 4  # graphs of a policy, the ones used last; each holds the memory of its call
-PATIENCE = 4 * KEPT  # how many may have been given up before other calls are no longer tried
 
 
 class Replay:
@@ -96,8 +87,8 @@ class Replay:
         with torch.cuda.stream(self._stream), let_go_of_shared_memory():
             begun = ended = False
             try:
+                torch.cuda.synchronize()  # whoever made the inputs, or still reads memory that was let go
                 self._inputs = tuple(one.clone() for one in inputs)
-                torch.cuda.synchronize()
                 torch.cuda.empty_cache()  # the graph has its own memory
                 # other threads may allocate pinned memory meanwhile
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -138,11 +129,6 @@ def let_go_of_shared_memory() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def forget(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Clean up after a capture that CUDA broke off, which PyTorch leaves as if it went on.
 
@@ -167,138 +153,8 @@ def is_over(graph: torch.cuda.CUDAGraph) -> bool:
     return True
 
 
-class Replays:
-    """Keep the graphs of one module's calls: one for each kind of call, the last few of them.
-
-    A copy of the module, or a pickled one, has none.
-    """
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Replay] = OrderedDict()
-        self._held: Held | None = None
-        self._listeners: Listeners | None = None
-        self._done: torch.cuda.Event | None = None
-        self._given_up = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
-        return Replays()
-
-    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
-        return Replays, ()
-
-    def __call__(
-        self, module: nn.Module, kind: Hashable, make: Callable[[], Callable[..., Tensor]], inputs: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Call a function that reads `module`, or replay it.
-
-        Args:
-            kind: what decides, beside the inputs' shapes and types, which kernels the function launches.
-            make: makes the function, as `Replay` takes it.
-        """
-        key = (kind, rounding(), tuple((one.shape, one.dtype, one.device) for one in inputs))
-        with LOCK:  # a graph's inputs and results lie in one place
-            if self._held is None or self._listeners is None or not self._held.unchanged():
-                self._kept.clear()
-                self._held, self._listeners, self._given_up = Held(module), Listeners(module), 0
-            if self._listeners.there() or (key not in self._kept and self._given_up >= PATIENCE):
-                return make()(*inputs)
-            here = torch.cuda.current_stream(inputs[0].device)
-            if self._done is not None:
-                here.wait_event(self._done)  # another stream may have been here
-            if key not in self._kept:
-                self._kept[key] = Replay(make(), inputs[0].device, is_pure=True)
-            self._kept.move_to_end(key)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-                self._given_up += 1
-                if self._given_up == PATIENCE:
-                    log.warning("warning: so many kinds of calls take turns that new ones become no CUDA graphs")
-            result = self._kept[key](*inputs)
-            self._done = here.record_event()
-        return result
-
-
-class Held:
-    """Remember which layers a module has, and where their weights lie; it holds none of them itself."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._layers = [
-            (weakref.ref(layer), children, places)
-            for layer in module.modules()
-            if (children := children_of(layer)) + (places := places_of(layer))
-        ]
-
-    def unchanged(self) -> bool:
-        """Tell whether all layers are what they were, and their weights lie where they did."""
-        for held, children, places in self._layers:
-            layer = held()
-            if layer is None or len(layer._modules) != len(children):
-                return False
-            if len(layer._parameters) + len(layer._buffers) != len(places):
-                return False
-            for name, child in children:
-                if layer._modules.get(name) is not child():
-                    return False
-            for name, place in places:
-                weight = layer._parameters.get(name, layer._buffers.get(name))
-                if (None if weight is None else weight.data_ptr()) != place:
-                    return False
-        return True
-
-
-def children_of(layer: nn.Module) -> list[tuple[str, Callable[[], nn.Module | None]]]:
-    """Return what tells a layer's children, by name, without holding them; None is a child, too."""
-    return [(name, weakref.ref(child) if child is not None else _nobody) for name, child in layer._modules.items()]
-
-
-def _nobody() -> None:
-    return None
-
-
-def places_of(layer: nn.Module) -> list[tuple[str, int | None]]:
-    """Return where a layer's own weights and buffers lie."""
-    own = (*layer._parameters.items(), *layer._buffers.items())
-    return [(name, None if value is None else value.data_ptr()) for name, value in own]
-
-
-class Listeners:
-    """Know whether somebody listens to a module's layers, whom a replay would not call."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._hooks = [hooks for layer in module.modules() for hooks in hooks_of(layer)]
-
-    def there(self) -> bool:
-        """Tell whether there is one."""
-        return any(self._hooks) or any(GLOBAL_HOOKS)
-
-
-def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Return the hooks that are called when a layer is, or its gradients are computed; they may change."""
-    return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-
-
 @contextlib.contextmanager
 def launching(device: torch.device) -> Iterator[None]:
     """Keep captures of other threads away from kernels that are launched one by one, and may draw."""
     with LOCK if device.type == "cuda" and not torch.compiler.is_compiling() else contextlib.nullcontext():
         yield
-
-
-def is_watched(*layers: nn.Module) -> bool:
-    """Tell whether somebody listens to one of these layers."""
-    return any(GLOBAL_HOOKS) or any(any(hooks_of(layer)) for layer in layers)
-
-
-def can_replay(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Tell whether a call of a module, without gradients, can be a graph: in inference, with all inputs on one GPU."""
-    if module.training or torch.compiler.is_compiling() or any(one.device.type != "cuda" for one in inputs):
-        return False
-    return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
-
-
-def rounding() -> tuple[Any, ...]:
-    """Return what else decides which kernels run, and on what tensors: precision, and how cuDNN chooses."""
-    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    return cast, *tf32, *cudnn, torch.is_inference_mode_enabled()

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.activation import mish_
-from getiaction.policy.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.copies import Copies, Copy, read_faster_in_columns
+from getiaction.policy.fast.activation import mish_
+from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
+from getiaction.policy.fast.copies import Copies, Copy, read_faster_in_columns
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread

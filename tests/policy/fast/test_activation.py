@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.activation import Mish
+from getiaction.policy.fast.activation import Mish
 
 
 def values_and_gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
