@@ -64,7 +64,7 @@ def make_copies(root: Path, folder: Path, copies: int) -> None:
     }
     save_file({key: values.astype(np.float32) for key, values in vectors.items()}, folder / cache.VECTORS)
     lengths = np.tile(pusht.lengths, copies).tolist()
-    cache.describe(
+    cache.write_description(
         folder,
         repo_id="benchmarks/large",
         info=find_dataset("lerobot/pusht", str(root)).info,

@@ -85,8 +85,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
             raise InputError(
                 f"{path} would run {key}={target}, which is not ours: if it is yours, name it in this command as well"
             )
-    for override in overrides:
-        key = key_of(override)
+    for key, override in {key_of(override): override for override in overrides}.items():
         if key == "preset" and config.name != saved["name"]:
             raise InputError(f"{override} is not what {folder} runs (it has name={saved['name']}): leave it out")
         if key not in ("output_dir", "preset"):

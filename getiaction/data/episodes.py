@@ -84,6 +84,17 @@ class Episodes:
             frames={key: Stacked([span_of(values, *span) for span in spans]) for key, values in self.frames.items()},
         )
 
+    def in_memory(self) -> Episodes:
+        """Copy these episodes, and nothing else, into memory."""
+        whole = self.num_rows == self.num_frames
+        rows = self.rows
+        return replace(
+            self,
+            starts=self.starts if whole else np.cumsum(self.lengths) - self.lengths,
+            vectors={key: values if whole else values[rows] for key, values in self.vectors.items()},
+            frames={key: np.array(values) if whole else values[rows] for key, values in self.frames.items()},
+        )
+
 
 def back_to_back(
     indices: np.ndarray,

@@ -35,7 +35,9 @@ def make_cache(folder: Path, frames: int) -> Path:
     features["action"] = {"dtype": "float32", "shape": [2], "names": None}
     rows = [{"episode_index": index, "length": EPISODE} for index in range(frames // EPISODE)]
     shapes = {TOP: (frames, *SHAPE)}
-    cache.describe(folder, repo_id="test/large", info={"fps": 10, "features": features}, rows=rows, shapes=shapes)
+    cache.write_description(
+        folder, repo_id="test/large", info={"fps": 10, "features": features}, rows=rows, shapes=shapes
+    )
     size = int(np.prod(shapes[TOP]))
     with (folder / f"{TOP}.frames").open("wb") as file:
         file.truncate(size)

@@ -325,7 +325,7 @@ def test_a_run_is_exported_with_another_sampler_and_length(keypoints_run: Path, 
     assert "DDIMScheduler, 3 denoising steps" in said
     assert "exporting: 1 of 4 parts" in said  # while it works
     assert "observation.environment_state" in said
-    assert "(1, 5, 2)" in said
+    assert "[1, 5, 2]" in said
     assert list(path.parent.iterdir()) == [path]
     assert load_policy(keypoints_run / "checkpoints/last/pretrained_model").num_inference_steps != 3  # left as it was
 

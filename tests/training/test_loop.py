@@ -19,7 +19,7 @@ from getiaction.config import placement, run
 from getiaction.config import precision as precision_module
 from getiaction.errors import TrainingError
 from getiaction.interop.lerobot import load_policy
-from getiaction.policy import convolution
+from getiaction.policy.fast import convolution
 from getiaction.training.metrics import read_metrics
 
 LOG_COLUMNS = {"step", "time", "epoch", "samples", "loss", "lr", "samples_per_s", "data_wait", "memory_gb"}
