@@ -165,8 +165,8 @@ def end_to_end(bench: Bench) -> dict[str, Any]:
 
 def record(bench: Bench) -> dict[str, Any]:
     """Train the time-to-quality record's recipe; its policy stays in the folder of `--keep`: `benchmarks.record`."""
-    from benchmarks.keep import training_seconds
     from benchmarks.record import RECIPE, SMALL, compile_seconds
+    from getiaction.report.sweep import training_seconds
     from getiaction.train import train
 
     folder = (bench.keep or bench.folder) / "record"
@@ -175,6 +175,6 @@ def record(bench: Bench) -> dict[str, Any]:
     begin = time.perf_counter()
     train(compose([*RECIPE, *more, f"output_dir={folder}"]), folder)
     wall, lines = time.perf_counter() - begin, read_metrics(folder)
-    seconds = training_seconds(lines)
+    seconds = round(training_seconds(lines), 1)
     compiling = compile_seconds(lines, seconds)
     return {"training_seconds": seconds, "of_which_compiling": compiling, "wall_seconds": wall, "metrics": lines}

@@ -15,17 +15,8 @@ from typing import Any
 
 import yaml
 
+from getiaction.report.sweep import training_seconds
 from getiaction.training.metrics import read_metrics
-
-
-def training_seconds(lines: list[dict[str, float]]) -> float:
-    """Return the seconds that training took, without validation, saving and acting."""
-    seen, seconds = 0.0, 0.0
-    for line in lines:
-        if "samples_per_s" in line:
-            seconds += (line["samples"] - seen) / line["samples_per_s"]
-            seen = line["samples"]
-    return round(seconds, 1)
 
 
 def gather(run: Path) -> dict[str, Any]:
@@ -46,7 +37,7 @@ def summarise(run: Path, lines: list[dict[str, float]]) -> dict[str, Any]:
     result = json.loads(last_evaluation(run).read_text())
     return {
         **json.loads((run / "run.json").read_text()),
-        "training_seconds": training_seconds(lines),
+        "training_seconds": round(training_seconds(lines), 1),
         "wall_seconds": round(lines[-1]["time"] - lines[0]["time"], 1),
         "evaluation": {key: result[key] for key in ("episodes", "score", "success", "length", "largest", "final")},
     }

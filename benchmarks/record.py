@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.keep import training_seconds
 from getiaction.config.record import describe_machine
+from getiaction.report.sweep import training_seconds
 from getiaction.training.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +72,7 @@ def attempt(seed: int, data: list[str], episodes: int, arguments: argparse.Names
     evaluate += [f"device={arguments.device}"]
     evaluation_wall = run([*evaluate, f"output_dir={acted}"])
     lines, result = read_metrics(trained), json.loads((acted / "evaluation.json").read_text())
-    seconds = training_seconds(lines)
+    seconds = round(training_seconds(lines), 1)
     return {
         "seed": seed,
         "training_seconds": seconds,
