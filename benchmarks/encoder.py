@@ -27,7 +27,7 @@ def measure(device: str, *, batch: int, steps: int) -> dict[str, Any]:
         steps: how many are averaged, after `WARM_UP`.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True  # as in training
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # as in training
     images = torch.randn(batch, 3, 84, 84, generator=torch.Generator().manual_seed(0)).to(device)
     found: dict[str, Any] = {}
     for precision, dtype in PRECISIONS.items():
@@ -62,4 +62,5 @@ def measure(device: str, *, batch: int, steps: int) -> dict[str, Any]:
             gradients[name] = torch.cat([weight.grad.flatten() for weight in encoder.parameters()])
         apart = (gradients["kernels"] - gradients["library"]).norm() / gradients["library"].norm()
         found[f"{precision}, apart"] = float(apart)
+    torch.backends.cudnn.benchmark = before
     return found

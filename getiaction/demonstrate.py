@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from getiaction.config.compose import main as hydra_main
 from getiaction.config.overrides import command_for
 from getiaction.config.schema import DemonstrateConfig
+from getiaction.errors import TrainingError
 from getiaction.files import claimed
 from getiaction.machine import count_cores
 from getiaction.startup import release_collector
@@ -39,15 +41,18 @@ def demonstrate(config: DemonstrateConfig, folder: Path) -> Path:
     about = what_decides(config, environment.make_expert(0).version)
     attempts = Attempts(folder / "attempts", about)
     release_collector()
-    numbers, tried = collect(
-        make,
-        attempts,
-        episodes=config.episodes,
-        seeds=partial(seeds_of, config.seed),
-        midway=config.midway,
-        disturbance=config.disturbance,
-        num_workers=count_cores() if config.num_workers is None else config.num_workers,
-    )
+    try:
+        numbers, tried = collect(
+            make,
+            attempts,
+            episodes=config.episodes,
+            seeds=partial(seeds_of, config.seed),
+            midway=config.midway,
+            disturbance=config.disturbance,
+            num_workers=count_cores() if config.num_workers is None else config.num_workers,
+        )
+    except BrokenProcessPool as error:
+        raise TrainingError(f"{error}: for lack of memory, perhaps; lower num_workers") from error
     log.info("%d of %d attempts succeeded; writing the dataset", len(numbers), tried)
     readme = say_how(config, environment, about, attempts=tried, frames=sum(map(attempts.length, numbers)))
     recordings = (attempts.read(number) for number in numbers)

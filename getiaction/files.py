@@ -16,6 +16,7 @@ from getiaction.errors import InputError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # on some clusters' disks
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,7 +44,9 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"{folder} is where {file.read() or 'another process'} is at work: wait for its end, stop it, or give "
                 "another folder, output_dir=<folder>"
             ) from None
-        except OSError as error:  # a file system without locks, as some clusters have
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
             log.warning("warning: nothing keeps a second process from writing to %s: %s", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} of {socket.gethostname()}")

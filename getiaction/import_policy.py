@@ -66,9 +66,11 @@ def name_of(source: str) -> str:
     """Return a folder's name for a source: what tells it from others."""
     if not Path(source).is_dir():
         return source.replace("/", "--").replace("@", "--")
-    parts = Path(source).absolute().parts
-    inside = parts.index("checkpoints") if "checkpoints" in parts else len(parts)
-    return "--".join([parts[inside - 1], *(part for part in parts[inside:] if part not in LAYOUT)])
+    parts = Path(source).absolute().parts[1:]
+    while len(parts) > 1 and parts[-1] in LAYOUT:
+        parts = parts[:-1]
+    in_run = len(parts) > 2 and parts[-2] == "checkpoints"  # <run>/checkpoints/<step>
+    return f"{parts[-3]}--{parts[-1]}" if in_run else parts[-1]
 
 
 def main() -> None:

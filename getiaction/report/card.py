@@ -143,10 +143,16 @@ def sources_of(made: dict[str, Any]) -> list[dict[str, Any]]:
     """
     dataset, run = made["config"]["dataset"], made["run"]
     given = {override.split("=", 1)[0].lstrip("+") for override in run.get("overrides", run["command"][1:])}
-    if "dataset.root" in given and "dataset.repo_id" not in given:
+    if dataset.get("root") is not None and "dataset.root" in given and "dataset.repo_id" not in given:
         dataset = dataset | {"repo_id": None}
     entries = dataset.get("sources") or [dataset]  # a run of before there were several has no such key
-    return [entry if isinstance(entry, dict) else {"repo_id": entry} for entry in entries]
+    return [entry if isinstance(entry, dict) else as_source(entry) for entry in entries]
+
+
+def as_source(entry: str) -> dict[str, Any]:
+    """Return a dataset that is named by a word alone: a folder, or a name on the Hub."""
+    is_folder = entry.count("/") != 1 or entry.startswith(("/", ".", "~"))
+    return {"root": entry} if is_folder else {"repo_id": entry}
 
 
 def on_the_hub(made: dict[str, Any]) -> list[str]:

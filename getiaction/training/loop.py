@@ -245,10 +245,11 @@ class Trainer:
     def _save(self, clock: Clock) -> None:
         if self.saved == self.step:
             return
-        with self._pausing(clock):
+        with clock.paused():
             self._read_losses()
             if not all(torch.stack([weight.isfinite().all() for weight in self.best.parameters()]).tolist()):
                 raise TrainingError(self._advice(self.step - 1, float("nan")))
+        with self._pausing(clock):
             if self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler
                 raw = self.optimizer.optimizer

@@ -24,10 +24,11 @@ def made(*overrides: str, **dataset: Any) -> dict[str, Any]:
             ["lerobot/pusht"],
             ["lerobot/pusht"],
         ),
+        (made("dataset.root=null", repo_id="lerobot/pusht", root=None), ["lerobot/pusht"], ["lerobot/pusht"]),
         (made(repo_id="getiaction/pusht_demo", root="/in/the/box"), ["getiaction/pusht_demo"], []),
         (
-            made(repo_id="lerobot/pusht", sources=["me/one", {"root": "/data/two", "weight": 2}]),
-            ["me/one", "two, weight 2"],
+            made(repo_id="lerobot/pusht", sources=["me/one", "/data/mine", {"root": "/data/two", "weight": 2}]),
+            ["me/one", "mine", "two, weight 2"],
             ["me/one"],
         ),
     ],

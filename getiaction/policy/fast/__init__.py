@@ -3,5 +3,5 @@
 On a CPU: `convolution` (layers that learn by `taps` where that is faster), `activation` (Mish), and for acting
 `unrolled` (the U-Net as a flat list of calls), with `unroll` and `copies`, which keep what it needs. On a CUDA GPU:
 `kernels` finds `fused` (the U-Net's layers) and `fused_pictures` (a ResNet's); `replay` makes a step or a chunk one
-CUDA graph, and `replays` tells which graph a call takes.
+CUDA graph, `replays` tells which graph a call takes, and `watch` notices when none may be.
 """

@@ -105,6 +105,7 @@ class Replay:
                     reason = reason or first_line(error)
                 if begun and not ended:
                     forget(graph, pool, self._device)
+        torch.cuda.current_stream().wait_stream(self._stream)  # which copied the inputs
         if reason is None:
             self._graph = graph
             return
