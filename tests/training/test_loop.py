@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from getiaction.errors import TrainingError
 from getiaction.interop.lerobot import load_policy
 from getiaction.policy.fast import convolution
 from getiaction.training.metrics import read_metrics
+from getiaction.training.ranks import Watchdog
 
 LOG_COLUMNS = {"step", "time", "epoch", "samples", "loss", "lr", "samples_per_s", "data_wait", "memory_gb"}
 VALIDATION_COLUMNS = {"step", "time", "val_loss", "val_action_error"}
@@ -430,3 +432,29 @@ def test_compiled_networks_train_alike(tiny: Any, tmp_path: Path) -> None:
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     weights = "checkpoints/last/pretrained_model/model.safetensors"
     assert load_file(tmp_path / "compiled" / weights).keys() == load_file(tmp_path / "plain" / weights).keys()
+
+
+def test_the_watchdog_looks_away_while_others_wait(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation and saving are one process's work, and may take longer than a step ever should."""
+    watched, seen = [False], []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: watched.append(True))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: watched.append(False))
+    trainer = tiny.trainer(tmp_path, "validation.every=2")
+    trainer.watchdog = Watchdog(60)
+
+    def watch(what: str, does: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            seen.append((what, watched[-1]))
+            return does(*arguments)
+
+        return call
+
+    monkeypatch.setattr(trainer, "validator", watch("validating", trainer.validator))
+    monkeypatch.setattr(trainer.store, "save", watch("saving", trainer.store.save))
+    monkeypatch.setattr(trainer, "_optimise", watch("a step", trainer._optimise))
+    trainer.fit()
+    assert seen == [
+        *(("a step", True), ("a step", True), ("validating", False), ("saving", False)),
+        *(("a step", True), ("a step", True), ("validating", False), ("saving", False)),
+    ]
+    assert watched[-1] is False
