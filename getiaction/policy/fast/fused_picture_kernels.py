@@ -50,14 +50,26 @@ def norm_kernel(
 
 
 @triton.jit
+def load_gradient(gradient, out, there, mask, y, ADDS: tl.constexpr, RECTIFIES: tl.constexpr):
+    """Read the gradient of what came out, 0 where the ReLU cut off.
+
+    Where nothing was added, that is known from y, computed again, which is sooner than reading `out`.
+    """
+    found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
+    if RECTIFIES:
+        if ADDS:
+            found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
+        else:
+            found = tl.where(y > 0.0, found, 0.0)
+    return found
+
+
+@triton.jit
 def norm_backward_kernel(
     x, weight, bias, out, statistics, gradient, by_x, by_residual, by_affine, places, size,
     ADDS: tl.constexpr, RECTIFIES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do.
-
-    Where nothing was added, what the ReLU cut off is computed again, which is sooner than reading `out`.
-    """
+    """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do."""
     row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
@@ -72,14 +84,10 @@ def norm_backward_kernel(
     for first in range(0, places, PLACES):
         mask = (first + place < places) & known
         there = corner + (first + place) * channels
-        found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
         normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
+        found = load_gradient(gradient, out, there, mask, normal * gain + offset, ADDS, RECTIFIES)
         if ADDS:
-            if RECTIFIES:
-                found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
             tl.store(by_residual + there, found.to(by_residual.dtype.element_ty), mask=mask)
-        elif RECTIFIES:
-            found = tl.where(normal * gain + offset > 0.0, found, 0.0)
         by_offset += tl.sum(found, 0)
         by_gain += tl.sum(found * normal, 0)
     alone = tl.arange(0, CHANNELS)
@@ -93,12 +101,7 @@ def norm_backward_kernel(
     for first in range(0, places, PLACES):
         mask = (first + place < places) & known
         there = corner + (first + place) * channels
-        found = tl.load(gradient + there, mask=mask, other=0.0).to(tl.float32)
         normal = (tl.load(x + there, mask=mask, other=0.0).to(tl.float32) - mean) * rate
-        if RECTIFIES:
-            if ADDS:
-                found = tl.where(tl.load(out + there, mask=mask, other=0.0) > 0.0, found, 0.0)
-            else:
-                found = tl.where(normal * gain + offset > 0.0, found, 0.0)
+        found = load_gradient(gradient, out, there, mask, normal * gain + offset, ADDS, RECTIFIES)
         result = rate * (found * gain - average - normal * along)
         tl.store(by_x + there, result.to(by_x.dtype.element_ty), mask=mask)
