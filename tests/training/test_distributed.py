@@ -120,6 +120,7 @@ def saved_by_four(tmp_path: Path) -> Path:
         (8, (), (2, 1), True),
         (16, (), (1, 1), True),
         (1, ("training.batch_size=8",), (8, 2), False),
+        (2, ("++training.gradient_accumulation_steps=3",), (2, 3), False),  # as asked, and refused then
         (2, ("training.batch_size=3",), (3, 2), False),  # fits nothing: refused when the data are there
     ],
 )

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,17 @@ def test_compiled_networks_train_alike(tiny: Any, tmp_path: Path) -> None:
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     weights = "checkpoints/last/pretrained_model/model.safetensors"
     assert load_file(tmp_path / "compiled" / weights).keys() == load_file(tmp_path / "plain" / weights).keys()
+
+
+def test_what_is_saved_is_not_saved_again(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation saves before it begins; the checkpoint of its step may be there already."""
+    trainer, saved = tiny.trainer(tmp_path, "training.save_every=2"), []
+    save = trainer.store.save
+    monkeypatch.setattr(trainer.store, "save", lambda policy, state: saved.append(state.step) or save(policy, state))
+    trainer.evaluate = lambda policy, step, last, stopping: {"score": 0.5}
+    monkeypatch.setattr(trainer, "plan", replace(trainer.plan, evaluate_every=1, evaluate_last=True))
+    trainer.fit()
+    assert saved == [1, 2, 3, 4]
 
 
 def test_the_watchdog_looks_away_while_others_wait(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
