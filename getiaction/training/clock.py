@@ -38,3 +38,8 @@ class Clock:
         start = time.perf_counter()
         yield
         self.begin += time.perf_counter() - start
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Tell whether something that happens `every` so many steps happens now; None is never."""
+    return every is not None and step % every == 0

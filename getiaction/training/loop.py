@@ -25,7 +25,7 @@ from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.signals import stop_on_signals
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
-from getiaction.training.clock import Clock
+from getiaction.training.clock import Clock, is_due
 from getiaction.training.ema import Ema
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
@@ -294,8 +294,3 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=redraw_seconds(),
         )
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """Tell whether something that happens `every` so many steps happens now; None is never."""
-    return every is not None and step % every == 0
