@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_checks import out_of_memory, parity, resumed, rows, updates
+from benchmarks.gpu_kernels import acting, busy
 from benchmarks.gpu_rates import (
-    busy,
     chunks,
     compute,
     encoder,
@@ -52,6 +52,7 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     end_to_end,
     compute,
     busy,
+    acting,
     precisions,
     rows,
     resumed,

@@ -117,42 +117,6 @@ def chunks(bench: Bench) -> dict[str, Any]:
     return bench.found
 
 
-def busy(bench: Bench) -> dict[str, Any]:
-    """Measure which share of a training step the GPU computes: the kernels' time, of the time between steps."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from getiaction.config.run import build_trainer, start_accelerator
-    from getiaction.config.sources import find_data
-
-    wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
-    pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
-    data = {"pusht_pictures": [], "pusht_basic": [*pictures, "dataset.episodes=[0,1,2,3]"]}
-    steps = bench.steps(60)
-    for preset, more in list(data.items())[: 1 if bench.small else None]:
-        short = [f"+preset={preset}", *more, f"hardware.device={bench.device}", "hardware.mixed_precision=no", *QUIET]
-        config, folder = compose([*short, "evaluation.final_episodes=null"]), bench.folder / f"busy_{preset}"
-        trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
-        trainer.model.train()
-        coming = trainer.batches.iterate(0, steps + 12)
-
-        def take(count: int, trainer: Any = trainer, coming: Any = coming) -> float:
-            wait()
-            begin = time.perf_counter()
-            for _ in range(count):
-                trainer._optimise(next(coming))
-            wait()
-            return (time.perf_counter() - begin) * 1e3 / count
-
-        take(8)
-        wall = take(steps)
-        with profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU]) as seen:
-            take(3)
-        kernels = sum(one.device_time_total for one in seen.key_averages()) / 3e3
-        measured = {"step_ms": round(wall, 3), "kernels_ms": round(kernels, 3), "busy": round(kernels / wall, 3)}
-        bench.found[preset] = measured
-    return bench.found
-
-
 def end_to_end(bench: Bench) -> dict[str, Any]:
     """Train `pusht_basic` beside `lerobot-train`, each with its own process and loader: `benchmarks.train`."""
     from benchmarks.train import compare

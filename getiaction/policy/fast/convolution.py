@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy.fast.kernels import kernels_for
+from getiaction.policy.fast.kernels import few_kernels_for, kernels_for
 from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
@@ -55,9 +55,12 @@ class Conv2d(nn.Conv2d):
     """Do what `nn.Conv2d` does."""
 
     by_taps = False  # see `use_taps`
+    by_library = False  # see `use_library`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
+        if (few := few_kernels_for(self, x)) is not None:
+            return few.convolve_picture(self, x)
         if self.by_taps and is_faster_by_taps(self, x, PIXELS):
             sizes = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
             return convolve_by_taps(x, self.weight, self.bias, *sizes).contiguous(memory_format=torch.channels_last)

@@ -18,8 +18,9 @@ import triton
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from getiaction.policy.fast import few
 from getiaction.policy.fast.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
-from getiaction.policy.fast.kernels import cast
+from getiaction.policy.fast.kernels import cast, multiplied_in
 
 BLOCK = 1024  # numbers that a program copies
 LARGEST = 8192  # numbers of a group that a program holds: 16 for each thread of 16 warps
@@ -68,10 +69,11 @@ def fold(
     return out.transpose(1, 2)
 
 
-def multiplied_in(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type of products: autocast's, or the one that the weights have."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def multiply_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in a type, float32 without rounding sums to that of the factors first."""
+    if a.dtype != torch.float32 and dtype == torch.float32 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 class _Convolution(torch.autograd.Function):
@@ -99,7 +101,7 @@ class _Convolution(torch.autograd.Function):
             by_x = fold(windows, len(x), x.shape[2], kernel, stride, padding, dtype=x.dtype)
         if ctx.needs_input_grad[1]:
             windows = unfold(x, kernel, stride, padding, weight.dtype)
-            by_weight = (gradient.t() @ windows).view_as(weight).to(ctx.types[0])
+            by_weight = multiply_into(gradient.t(), windows, ctx.types[0]).view_as(weight)
         if ctx.needs_input_grad[2]:
             by_bias = gradient.sum(0, dtype=ctx.types[1])
         return by_x, by_weight, by_bias, None, None
@@ -126,7 +128,7 @@ class _TransposedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_x = (gradient @ weight.flatten(1).t()).view(len(x), x.shape[2], -1).to(x.dtype).transpose(1, 2)
         if ctx.needs_input_grad[1]:
-            by_weight = (unfold(x, 1, 1, 0, weight.dtype).t() @ gradient).view_as(weight).to(ctx.types[0])
+            by_weight = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, ctx.types[0]).view_as(weight)
         if ctx.needs_input_grad[2]:
             by_bias = gradients[0].sum((0, 2), dtype=ctx.types[1])
         return by_x, by_weight, by_bias, None, None
@@ -208,17 +210,34 @@ def takes(norm: nn.GroupNorm, steps: int) -> bool:
 
 def convolve(layer: nn.Conv1d, x: Tensor) -> Tensor:
     """Do what a plain convolution does: (B, C, T) to (B, C', T')."""
-    return _Convolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+    return _convolve(layer, x, layer.bias)
+
+
+def _convolve(layer: nn.Conv1d, x: Tensor, bias: Tensor | None) -> Tensor:
+    weight, stride, padding = layer.weight, layer.stride[0], int(layer.padding[0])
+    steps = (x.shape[2] + 2 * padding - weight.shape[2]) // stride + 1
+    if not few.takes(len(x) * steps, weight, x, bias):
+        return _Convolution.apply(x, weight, bias, stride, padding)
+    dtype = multiplied_in(x, weight)
+    windows = unfold(x, weight.shape[2], stride, padding, dtype)
+    product = few.multiply(windows, cast(weight, dtype).flatten(1), None if bias is None else cast(bias, dtype))
+    return product.view(len(x), steps, -1).transpose(1, 2)
 
 
 def convolve_transposed(layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     """Do what a plain transposed convolution does: (B, C, T) to (B, C', T')."""
-    return _TransposedConvolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+    weight, bias, stride, padding = layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])
+    assert bias is not None
+    if not few.takes(len(x) * x.shape[2], weight, x, bias):
+        return _TransposedConvolution.apply(x, weight, bias, stride, padding)
+    dtype, kernel, steps = multiplied_in(x, weight), weight.shape[2], x.shape[2]
+    windows = few.multiply(unfold(x, 1, 1, 0, dtype), cast(weight, dtype).flatten(1).t())  # (B T, C' k)
+    return fold(windows, len(x), (steps - 1) * stride - 2 * padding + kernel, kernel, stride, padding, bias, dtype)
 
 
 def convolve_and_normalise(
     layer: nn.Conv1d, norm: nn.GroupNorm, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Convolve x (B, C, T), normalise, Mish, FiLM (B, C' or 2C'), add `residual` (B, C', T'): float32, (B, C', T')."""
-    hidden = _Convolution.apply(x, layer.weight, None, layer.stride[0], int(layer.padding[0]))
+    hidden = _convolve(layer, x, None)
     return _Block.apply(hidden, layer.bias, norm.weight, norm.bias, film, residual, norm.num_groups, norm.eps)

@@ -36,10 +36,21 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
     if getattr(backbone, "by_library", False) or is_watched(*backbone.modules()):
         return None
     weight = next(backbone.parameters())
-    if not any(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, x)):
+    lie_last = any(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, x))
+    if not lie_last and (not isinstance(backbone[0], nn.Conv2d) or few_kernels_for(backbone[0], x) is None):
         return None  # nor will what the convolutions make lie so
     kernels = find_picture_kernels()
     return kernels if kernels is not None and kernels.takes(backbone) else None
+
+
+def few_kernels_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
+    """Return `few.py` for a layer that sees x (B, C, H, W), few places and without gradients; or None."""
+    if x.device.type != "cuda" or x.ndim != 4 or not len(x) or torch.compiler.is_compiling() or x.dtype not in TAKEN:
+        return None
+    if getattr(layer, "by_library", False) or (fused := find_kernels()) is None:
+        return None
+    few: ModuleType = fused.few
+    return few if few.takes_picture(layer, x) else None
 
 
 def find_kernels() -> ModuleType | None:
@@ -123,6 +134,12 @@ def cast_once() -> Iterator[None]:
         yield
     finally:
         _CASTS.reset(token)
+
+
+def multiplied_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type of products: autocast's, or the one that the weights have."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

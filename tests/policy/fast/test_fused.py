@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
 from getiaction.policy.fast import convolution
-from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d, use_library
+from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
 from getiaction.policy.fast.kernels import compare
 
 ON_GPU = torch.cuda.is_available()
@@ -47,6 +47,11 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
     compile_kernel(kernels.block_backward_kernel, backwards, block)
+    kernels = importlib.import_module("getiaction.policy.fast.few_kernel")
+    product = {"BIASED": True, "COLUMNS": 2, "BLOCK": 512, "UNROLL": 2}
+    compile_kernel(kernels.few_kernel, ("x", "weight", "bias", "out"), product)
+    sides = {"HEIGHT": 3, "WIDTH": 3, "STRIDE_Y": 2, "STRIDE_X": 2, "PADDING_Y": 1, "PADDING_X": 1, "BLOCK": 1024}
+    compile_kernel(kernels.unfold_picture_kernel, ("x", "out"), sides)
     kernels = importlib.import_module("getiaction.policy.fast.fused_picture_kernels")
     group = {"ADDS": True, "RECTIFIES": True, "PLACES": 256, "CHANNELS": 16}
     forwards = ("x", "weight", "bias", "residual", "out", "statistics")
@@ -131,6 +136,53 @@ def test_convolutions(
     check(fused.convolve(layer, turned), layer(turned), [lying, *layer.parameters()])
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "turned"),
+    [(4, 6, 40, False), (7, 33, 1100, False), (1, 5, 130, True), (700, 16, 21, False), (0, 3, 8, False)],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_few_rows(
+    fused: ModuleType, rows: int, columns: int, width: int, turned: bool, biased: bool
+) -> None:
+    few, x, bias = fused.few, drawn(rows, width, grad=False), drawn(columns, grad=False) if biased else None
+    weight = drawn(width, columns, grad=False).t() if turned else drawn(columns, width, grad=False)
+    assert few.takes(rows, weight) == (rows > 0)
+    if rows:
+        wanted = (x.double() @ weight.double().t() + (0 if bias is None else bias)).float()
+        assert torch.allclose(few.multiply(x, weight, bias), wanted, rtol=1e-5, atol=1e-5 * width**0.5)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["along time", "transposed", "of pictures", "of pictures, 1x1"])
+def test_convolutions_of_few_places(fused: ModuleType, kind: str, precision: torch.dtype | None) -> None:
+    layer: nn.Module
+    if kind == "along time":
+        layer, plain, x = Conv1d(40, 9, 5, 2, 2), nn.Conv1d.forward, drawn(2, 40, 8)
+    elif kind == "transposed":
+        layer, plain, x = ConvTranspose1d(40, 6, 4, 2, 1), nn.ConvTranspose1d.forward, drawn(3, 40, 4)
+    else:
+        sizes = (1, 1, 0) if "1x1" in kind else (3, 2, 1)
+        layer, plain, x = Conv2d(5, 6, *sizes), nn.Conv2d.forward, drawn(2, 5, 9, 7).transpose(2, 3)
+    layer.to(DEVICE)
+    wanted = plain(layer, x)
+    call = {"along time": fused.convolve, "transposed": fused.convolve_transposed}.get(kind, fused.few.convolve_picture)
+    with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
+        found = call(layer, x)
+    assert found.dtype == (precision or torch.float32)
+    assert torch.allclose(found.float(), wanted, atol=1e-5 if precision is None else 5e-2)
+
+
+def test_who_learns_is_left_to_the_other_kernels(fused: ModuleType) -> None:
+    few, layer, x = fused.few, Conv2d(3, 4, 3).to(DEVICE), drawn(1, 3, 8, 8, grad=False)
+    assert not few.takes_picture(layer, x)
+    with torch.no_grad():
+        assert few.takes_picture(layer, x)
+        assert not few.takes(2**20, layer.weight.expand(64, 4, 3, 3, 3))
+    layer.requires_grad_(False)
+    assert few.takes_picture(layer, x)
+    assert not few.takes_picture(layer, x.requires_grad_())
+
+
 def test_what_the_kernels_leave_to_pytorch(fused: ModuleType) -> None:
     x = drawn(2, 4, 8)
     for layer in (ConvTranspose1d(4, 6, 4, 2, 1, output_padding=1), ConvTranspose1d(4, 6, 4, 2, 1, bias=False)):
@@ -195,8 +247,8 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
     network = ConditionalUnet1d(
         action_dim=2, cond_dim=6, down_dims=(16, 32), n_groups=8, use_film_scale_modulation=scales
     ).to(DEVICE)
-    noisy, cond = drawn(1, 4, 2), drawn(1, 6)
-    times = torch.tensor([50], device=DEVICE)
+    noisy, cond = drawn(4, 8, 2), drawn(4, 6)
+    times = torch.tensor([50, 3, 99, 0], device=DEVICE)
     inputs = [noisy, cond, *network.parameters()]
 
     def run(precision: torch.dtype | None) -> list[Tensor]:
@@ -205,8 +257,11 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
         return [result.detach().float(), *gradients(result, inputs)]
 
     found = run(precision)
+    with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
+        acting = network(noisy, times, cond).float()
     use_library(network)
     exact, by_library = run(None), run(precision)
+    assert float((acting - exact[0]).norm()) < (1e-4 if precision is None else 5e-2) * float(exact[0].norm())
     if precision is None:
         for number, (one, right) in enumerate(zip(found, exact, strict=True)):
             assert float((one - right).norm() / right.norm()) < 1e-4, number
