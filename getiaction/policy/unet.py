@@ -231,7 +231,7 @@ class ConditionalUnet1d(nn.Module):
         for middle in cast(Iterable[ResidualBlock], self.mid_modules):
             x = run(middle, x)
         for first, second, double in levels(self.up_modules):
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = join(x, skips.pop())
             x = double(run(second, run(first, x)))
         x = self.final_conv(x)
         return rearrange(x[:, :, 0] if rows else x, "b d t -> b t d")
@@ -251,6 +251,13 @@ class ConditionalUnet1d(nn.Module):
         down = [block for first, second, _ in levels(self.down_modules) for block in (first, second)]
         up = [block for first, second, _ in levels(self.up_modules) for block in (first, second)]
         return [*down, *cast(Iterable[ResidualBlock], self.mid_modules), *up]
+
+
+def join(x: Tensor, skip: Tensor) -> Tensor:
+    """Join the channels of x (B, C, ...) and skip (B, C', ...) into (B, C + C', ...), lying as both do."""
+    if x.ndim == 3 and x.stride(1) == skip.stride(1) == 1:  # as the kernels for GPUs leave them
+        return torch.cat([x.transpose(1, 2), skip.transpose(1, 2)], dim=2).transpose(1, 2)
+    return torch.cat([x, skip], dim=1)
 
 
 def levels(modules: nn.ModuleList) -> Iterable[tuple[ResidualBlock, ResidualBlock, nn.Module]]:

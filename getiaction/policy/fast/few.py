@@ -44,7 +44,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Return rows @ weight.T + bias, (M, N), in the weight's type.
 
     Args:
-        rows: (M, K), one after the other in memory, of the weight's type.
+        rows: (M, K), of the weight's type.
         weight: (N, K), lying either way.
         bias: (N,) or None.
     """
@@ -53,7 +53,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     grid = plan(count, columns, width, turned=weight.stride(1) != 1, size=weight.element_size())
     with torch.cuda.device_of(rows):
         few_kernel[triton.cdiv(count, ROWS), triton.cdiv(columns, grid["COLUMNS"])](
-            rows, weight, weight if bias is None else bias, out, count, columns, width, *weight.stride(),
+            rows.contiguous(), weight, weight if bias is None else bias, out, count, columns, width, *weight.stride(),
             BIASED=bias is not None, **grid,
         )  # fmt: skip
     return out

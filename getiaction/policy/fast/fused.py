@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from getiaction.policy.fast import few
 from getiaction.policy.fast.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
 from getiaction.policy.fast.kernels import cast, multiplied_in
+from getiaction.policy.fast.sums import add_rows
 
 BLOCK = 1024  # numbers that a program copies
 LARGEST = 8192  # numbers of a group that a program holds: 16 for each thread of 16 warps
@@ -103,7 +104,7 @@ class _Convolution(torch.autograd.Function):
             windows = unfold(x, kernel, stride, padding, weight.dtype)
             by_weight = multiply_into(gradient.t(), windows, ctx.types[0]).view_as(weight)
         if ctx.needs_input_grad[2]:
-            by_bias = gradient.sum(0, dtype=ctx.types[1])
+            [by_bias] = add_rows(gradient[None], ctx.types[1])
         return by_x, by_weight, by_bias, None, None
 
 
@@ -130,7 +131,7 @@ class _TransposedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             by_weight = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, ctx.types[0]).view_as(weight)
         if ctx.needs_input_grad[2]:
-            by_bias = gradients[0].sum((0, 2), dtype=ctx.types[1])
+            [by_bias] = add_rows(gradients[0].transpose(1, 2).flatten(0, 1)[None], ctx.types[1])
         return by_x, by_weight, by_bias, None, None
 
 
@@ -189,7 +190,7 @@ class _Block(torch.autograd.Function):
                 gradient.stride(0), gradient.stride(2), gradient.stride(1),
                 STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
             )  # fmt: skip
-        by_weight, by_bias, *by_start = by_affine.sum(1).to(weight.dtype)
+        by_weight, by_bias, *by_start = add_rows(by_affine, weight.dtype)
         by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
         return by_x.transpose(1, 2), *(by_start or [None]), by_weight, by_bias, by_film, by_residual, None, None
 

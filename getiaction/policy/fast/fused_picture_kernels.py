@@ -105,3 +105,46 @@ def norm_backward_kernel(
         found = load_gradient(gradient, out, there, mask, normal * gain + offset, ADDS, RECTIFIES)
         result = rate * (found * gain - average - normal * along)
         tl.store(by_x + there, result.to(by_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pool_kernel(
+    x, out, taken, numbers, channels, lines, columns, out_lines, out_columns,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keep the largest number of each window, and at which of its places it was: the first, or the last NaN."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of (B, H', W', C)
+    known, channel, place = number < numbers, number % channels, number // channels
+    row, line, column = place // (out_lines * out_columns), (place // out_columns) % out_lines, place % out_columns
+    best, tap = tl.full((BLOCK,), float("-inf"), tl.float32), tl.full((BLOCK,), -1, tl.int32)
+    for down in tl.static_range(KERNEL):
+        for along in tl.static_range(KERNEL):
+            y, z = line * STRIDE - PADDING + down, column * STRIDE - PADDING + along
+            inside = known & (y >= 0) & (y < lines) & (z >= 0) & (z < columns)
+            there = ((row * lines + y) * columns + z) * channels + channel
+            value = tl.load(x + there, mask=inside, other=float("-inf")).to(tl.float32)
+            better = inside & ((value > best) | (value != value) | (tap < 0))
+            best, tap = tl.where(better, value, best), tl.where(better, down * KERNEL + along, tap)
+    tl.store(out + number, best.to(out.dtype.element_ty), mask=known)
+    tl.store(taken + number, tap.to(tl.int8), mask=known)
+
+
+@triton.jit
+def pool_backward_kernel(
+    gradient, taken, by_x, numbers, channels, lines, columns, out_lines, out_columns,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the gradients of the windows that took a number."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of (B, H, W, C)
+    known, channel, place = number < numbers, number % channels, number // channels
+    row, line, column = place // (lines * columns), (place // columns) % lines, place % columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for down in tl.static_range(KERNEL):
+        for along in tl.static_range(KERNEL):
+            y, z = line + PADDING - down, column + PADDING - along
+            inside = known & (y >= 0) & (y % STRIDE == 0) & (y // STRIDE < out_lines)
+            inside = inside & (z >= 0) & (z % STRIDE == 0) & (z // STRIDE < out_columns)
+            there = ((row * out_lines + y // STRIDE) * out_columns + z // STRIDE) * channels + channel
+            mine = inside & (tl.load(taken + there, mask=inside, other=-1) == down * KERNEL + along)
+            total += tl.load(gradient + there, mask=mine, other=0.0).to(tl.float32)
+    tl.store(by_x + number, total.to(by_x.dtype.element_ty), mask=known)

@@ -2,7 +2,8 @@
 
 PyTorch's group norm takes pictures with the channels first only, so it copies before, and the next convolution after;
 the addition and the ReLU are kernels of their own. Here norm, addition and ReLU read their input and write their output
-once, as the convolutions leave and take them. The maths is the same, in float32.
+once, as the convolutions leave and take them. Max pooling remembers in a byte, not in eight, which number it took. The
+maths is the same, in float32.
 
 Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
 """
@@ -18,10 +19,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from getiaction.policy.fast.fused_picture_kernels import norm_backward_kernel, norm_kernel
+from getiaction.policy.fast.fused_picture_kernels import (
+    norm_backward_kernel,
+    norm_kernel,
+    pool_backward_kernel,
+    pool_kernel,
+)
+from getiaction.policy.fast.sums import add_rows
 
 HELD = 4096  # numbers that a program holds at a time
 NUMBERS_A_WARP = 512
+POOLED = 1024  # numbers that a program pools
+LARGEST_WINDOW = 11  # whose places a byte can tell apart
 LAST = torch.channels_last
 
 
@@ -70,8 +79,38 @@ class _Norm(torch.autograd.Function):
                 by_x if by_residual is None else by_residual, by_affine, places, size,
                 ADDS=by_residual is not None, RECTIFIES=ctx.rectify, **tile(places, size),
             )  # fmt: skip
-        by_weight, by_bias = by_affine.sum(1).to(weight.dtype)
+        by_weight, by_bias = add_rows(by_affine, weight.dtype)
         return by_x, by_weight, by_bias, by_residual, None, None, None, None
+
+
+class _Pool(torch.autograd.Function):
+    """Keep the largest number of each window of x (B, C, H, W): (B, C, H', W'); channels last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        rows, channels, *sides = x.shape
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in sides)
+        out = torch.empty((rows, channels, height, width), dtype=x.dtype, device=x.device, memory_format=LAST)
+        taken = torch.empty((rows, height, width, channels), dtype=torch.int8, device=x.device)
+        ctx.sizes = channels, *sides, height, width
+        ctx.window = {"KERNEL": kernel, "STRIDE": stride, "PADDING": padding, "BLOCK": POOLED}
+        with torch.cuda.device_of(x):
+            pool_kernel[(triton.cdiv(out.numel(), POOLED),)](x, out, taken, out.numel(), *ctx.sizes, **ctx.window)
+        ctx.save_for_backward(taken)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (taken,), gradient = ctx.saved_tensors, gradients[0].contiguous(memory_format=LAST)
+        channels, height, width, *_ = ctx.sizes
+        shape = (len(gradient), channels, height, width)
+        by_x = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=LAST)
+        with torch.cuda.device_of(gradient):
+            pool_backward_kernel[(triton.cdiv(by_x.numel(), POOLED),)](
+                gradient, taken, by_x, by_x.numel(), *ctx.sizes, **ctx.window
+            )
+        return by_x, None, None, None
 
 
 def tile(places: int, size: int) -> dict[str, int]:
@@ -103,6 +142,18 @@ def normalise(
     return functional.relu(y) if rectify else y
 
 
+def pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """Do what a max pooling does, (B, C, H, W) to (B, C, H', W'); by PyTorch's kernel if channels do not lie last."""
+    window = layer.kernel_size, layer.stride, layer.padding
+    plain = (layer.dilation, layer.ceil_mode, layer.return_indices) == (1, False, False)
+    squares = [side for side in window if isinstance(side, int)]
+    if not plain or len(squares) < len(window) or squares[0] > LARGEST_WINDOW:
+        return layer(x)
+    if not 0 < x.numel() < 2**31 or not x.is_contiguous(memory_format=LAST):
+        return layer(x)
+    return _Pool.apply(x, *squares)
+
+
 def takes(backbone: nn.Sequential) -> bool:
     """Tell whether `run` can do what a network does: a torchvision ResNet without its head, with group norm."""
     layers: list[Any] = list(backbone)
@@ -123,8 +174,8 @@ def takes(backbone: nn.Sequential) -> bool:
 def run(backbone: nn.Sequential, pictures: Tensor) -> Tensor:
     """Do what such a network does: (B, C, H, W) to (B, C', h, w)."""
     layers: list[Any] = list(backbone)
-    convolution, norm, _, pool, *stages = layers
-    x = pool(normalise(norm, convolution(pictures), rectify=True))
+    convolution, norm, _, pooling, *stages = layers
+    x = pool(pooling, normalise(norm, convolution(pictures), rectify=True))
     for stage in stages:
         for block in stage:
             x = run_block(block, x)

@@ -47,6 +47,8 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
     compile_kernel(kernels.block_backward_kernel, backwards, block)
+    kernels = importlib.import_module("getiaction.policy.fast.sums")
+    compile_kernel(kernels.sum_kernel, ("x", "out"), {"ROWS": 64, "COLUMNS": 32})
     kernels = importlib.import_module("getiaction.policy.fast.few_kernel")
     product = {"BIASED": True, "COLUMNS": 2, "BLOCK": 512, "UNROLL": 2}
     compile_kernel(kernels.few_kernel, ("x", "weight", "bias", "out"), product)
@@ -59,14 +61,17 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     for changed in ({}, {"ADDS": False, "PLACES": 16}):
         compile_kernel(kernels.norm_kernel, forwards, group | changed)
         compile_kernel(kernels.norm_backward_kernel, backwards, group | changed)
+    pooling = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "BLOCK": 1024}
+    compile_kernel(kernels.pool_kernel, ("x", "out"), pooling, taken="*i8")
+    compile_kernel(kernels.pool_backward_kernel, ("gradient", "by_x"), pooling, taken="*i8")
 
 
-def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any]) -> None:
-    """Compile for Hopper, with float32 tensors."""
+def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any], **others: str) -> None:
+    """Compile for Hopper, with float32 tensors, and others of other types."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(tensors, "*fp32") | {"eps": "fp32"}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(tensors, "*fp32") | {"eps": "fp32"} | others
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     assert compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
@@ -138,7 +143,7 @@ def test_convolutions(
 
 @pytest.mark.parametrize(
     ("rows", "columns", "width", "turned"),
-    [(4, 6, 40, False), (7, 33, 1100, False), (1, 5, 130, True), (700, 16, 21, False), (0, 3, 8, False)],
+    [(4, 6, 40, False), (7, 33, 1100, False), (1, 5, 130, True), (90, 8, 21, False), (0, 3, 8, False)],
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_of_few_rows(
@@ -149,7 +154,9 @@ def test_products_of_few_rows(
     assert few.takes(rows, weight) == (rows > 0)
     if rows:
         wanted = (x.double() @ weight.double().t() + (0 if bias is None else bias)).float()
-        assert torch.allclose(few.multiply(x, weight, bias), wanted, rtol=1e-5, atol=1e-5 * width**0.5)
+        lying = x.t().contiguous().t()
+        for given in (x, lying):
+            assert torch.allclose(few.multiply(given, weight, bias), wanted, rtol=1e-5, atol=1e-5 * width**0.5)
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
@@ -247,8 +254,8 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
     network = ConditionalUnet1d(
         action_dim=2, cond_dim=6, down_dims=(16, 32), n_groups=8, use_film_scale_modulation=scales
     ).to(DEVICE)
-    noisy, cond = drawn(4, 8, 2), drawn(4, 6)
-    times = torch.tensor([50, 3, 99, 0], device=DEVICE)
+    noisy, cond = drawn(1, 4, 2), drawn(1, 6)
+    times = torch.tensor([50], device=DEVICE)
     inputs = [noisy, cond, *network.parameters()]
 
     def run(precision: torch.dtype | None) -> list[Tensor]:
@@ -297,6 +304,34 @@ def test_what_follows_a_convolution_of_pictures(
     found = pictures.normalise(norm, far, residual=residual if adds else None, rectify=rectify)
     assert found.is_contiguous(memory_format=torch.channels_last)
     check(found, functional.relu(wanted) if rectify else wanted, inputs, 1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pooling(pictures: ModuleType, kernel: int, stride: int, padding: int) -> None:
+    layer, x = nn.MaxPool2d(kernel, stride, padding), drawn(2, 5, 9, 6, grad=False)
+    lying = functional.relu(x - 0.5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = pictures.pool(layer, lying)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    check(found, layer(lying), [lying], 1e-6)  # many are equal: both take the first
+    unknown = lying.detach().clone()
+    unknown[0, 0, 4, 3] = float("nan")
+    assert torch.equal(pictures.pool(layer, unknown).isnan(), layer(unknown).isnan())
+
+
+def test_other_poolings_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_Pool", None)
+    x = drawn(1, 4, 8, 8)
+    lying = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pictures.pool(nn.MaxPool2d(3, 2, 1), x), nn.MaxPool2d(3, 2, 1)(x))
+    for layer in (nn.MaxPool2d(3, dilation=2), nn.MaxPool2d((3, 2)), nn.MaxPool2d(3, 2, ceil_mode=True)):
+        assert torch.equal(pictures.pool(layer, lying), layer(lying))
+
+
+@pytest.mark.parametrize(("count", "rows", "columns"), [(3, 64, 40), (1, 700, 20), (2, 1, 5)])
+def test_sums_over_rows(fused: ModuleType, count: int, rows: int, columns: int) -> None:
+    tables = drawn(count, rows, columns, grad=False)
+    assert torch.allclose(fused.add_rows(tables, torch.float32), tables.sum(1), atol=1e-4)
+    assert fused.add_rows(tables.bfloat16(), torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_the_gradient_of_what_is_added(pictures: ModuleType) -> None:
