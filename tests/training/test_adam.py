@@ -1,0 +1,141 @@
+"""Adam's steps by our kernel are PyTorch's to rounding; without a GPU, Triton's interpreter runs it.
+
+tests/policy/fast/test_fused.py starts the process in which the interpreter does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from getiaction.training import adam
+from getiaction.training.adam import update_at_full_rate
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+CHOICES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.AdamW, {"weight_decay": 0.1}),
+    (torch.optim.Adam, {"weight_decay": 0.1}),
+    (torch.optim.Adam, {"betas": (0.95, 0.999), "eps": 1e-6}),
+]
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not (ON_GPU or INTERPRETED):
+        pytest.skip("tests/policy/fast/test_fused.py runs this file in Triton's interpreter")
+    found = importlib.import_module("getiaction.training.adam_kernel")
+    monkeypatch.setattr(adam, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(adam, "find_kernel", lambda: found)
+    return found
+
+
+def make_weights() -> list[nn.Parameter]:
+    """Return weights of more than one block, of sizes that four does and does not divide, more than a launch takes."""
+    torch.manual_seed(0)
+    picture = torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    few = [torch.randn(3) for _ in range(adam.COUNT)]
+    return [
+        nn.Parameter(one.to(DEVICE))
+        for one in (torch.randn(5000), picture, torch.randn(7), torch.randn(4, 2).t(), *few)
+    ]
+
+
+def step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], number: int) -> None:
+    torch.manual_seed(number)
+    for weight in weights[:-1]:  # the last has no gradient
+        weight.grad = torch.empty_like(weight).normal_()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("kind", "options"), CHOICES)
+def test_steps_are_those_of_pytorch(
+    kernel: ModuleType, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    weights = make_weights(), make_weights()
+    ours, theirs = kind(weights[0], lr=1e-2, fused=True, **options), kind(weights[1], lr=1e-2, **options)
+    update_at_full_rate(ours)
+    for number in range(4):
+        step(ours, weights[0], number)
+        step(theirs, weights[1], number)
+        ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 1e-2 / (number + 2)
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    found, wanted = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert found.keys() == wanted.keys() == {*range(len(weights[0]) - 1)}
+    for number, entry in found.items():
+        assert entry.keys() == wanted[number].keys()
+        for name, value in entry.items():
+            assert torch.allclose(value.cpu(), wanted[number][name].cpu(), rtol=1e-5, atol=1e-7), name
+    assert ours.param_groups[0]["params"] == weights[0]
+
+
+def test_the_first_steps_keep_their_digits(kernel: ModuleType) -> None:
+    """With beta2=0.999 the first step divides by 1 - 0.999, of which float32 would leave four digits."""
+    weight = nn.Parameter(torch.zeros(4, device=DEVICE))
+    optimizer = torch.optim.Adam([weight], lr=1.0, fused=True, eps=0.0)
+    update_at_full_rate(optimizer)
+    weight.grad = torch.tensor([1.0, -2.0, 3.0, 1e-3], device=DEVICE)
+    optimizer.step()
+    assert torch.allclose(weight.cpu(), -torch.tensor([1.0, -1.0, 1.0, 1.0]), rtol=1e-6)
+
+
+def test_a_run_goes_on_from_what_was_saved(kernel: ModuleType) -> None:
+    whole, half = make_weights(), make_weights()
+    one, other = (torch.optim.AdamW(weights, lr=1e-2, fused=True) for weights in (whole, half))
+    update_at_full_rate(one)
+    update_at_full_rate(other)
+    for number in range(4):
+        step(one, whole, number)
+    for number in range(2):
+        step(other, half, number)
+    resumed = torch.optim.AdamW(half, lr=1e-2, fused=True)
+    update_at_full_rate(resumed)
+    resumed.load_state_dict(other.state_dict())
+    for number in range(2, 4):
+        step(resumed, half, number)
+    assert all(torch.equal(*pair) for pair in zip(whole, half, strict=True))
+
+
+def test_what_is_left_to_pytorch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam, "update", None)
+    weight, half = nn.Parameter(torch.ones(4, 4, device=DEVICE)), nn.Parameter(torch.ones(4, device=DEVICE).bfloat16())
+    for options in ({"amsgrad": True}, {"maximize": True}, {"fused": False}, {"betas": (0.0, 0.99)}):
+        optimizer = torch.optim.AdamW([weight], **{"fused": True, **options})
+        update_at_full_rate(optimizer)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    weight.grad = torch.ones(4, 4, device=DEVICE).t()[:, [1, 0, 2, 3]].t().contiguous().t()  # lies otherwise
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    update_at_full_rate(optimizer)
+    optimizer.step()
+    assert len(optimizer.state[weight]) == 3
+    assert not adam.is_ours(half, optimizer.param_groups[0])
+    optimizer.grad_scale = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
+    assert adam.is_scaled(optimizer)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(aligned: bool) -> None:
+    pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = importlib.import_module("getiaction.training.adam_kernel").adam_kernel
+    tuples = ("weights", "gradients", "means", "squares", "steps")
+    constants = {"ALIGNED": aligned, "DECOUPLED": True, "COUNT": 3, "BLOCK": 1024}
+    types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(tuples, ("*fp32",) * 3)
+    types |= {"ends": "*i32", "sizes": "*i32", "lr": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    attributes = {(i, j): [["tt.divisibility", 16]] for i in range(4) for j in range(3)}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    found = compile(source, target=GPUTarget("cuda", 90, 32)).asm
+    assert ("ld.global.v4" in found["ptx"]) is aligned  # four numbers at once
