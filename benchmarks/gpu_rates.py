@@ -118,13 +118,20 @@ def chunks(bench: Bench) -> dict[str, Any]:
 
 
 def end_to_end(bench: Bench) -> dict[str, Any]:
-    """Train `pusht_basic` beside `lerobot-train`, each with its own process and loader: `benchmarks.train`."""
+    """Train beside `lerobot-train`, both in bf16, each with its own process and loader: `benchmarks.train`."""
     from benchmarks.train import compare
 
     if not bench.pictures:
         return {"skipped": "name PushT's dataset with --pictures"}
-    how = {"steps": 4 if bench.small else 30, "rounds": 1, "workers": 4, "threads": torch.get_num_threads()}
-    return compare("pusht_basic", Path(bench.pictures).resolve(), "no", argparse.Namespace(**how))
+    wanted = (
+        [("pusht_fast", 2)] if bench.small else [(p, b) for p in ("pusht_basic", "pusht_advanced") for b in (64, 256)]
+    )
+    how = {"rounds": 1, "workers": 4, "threads": torch.get_num_threads(), "lerobot_bf16": True}
+    for preset, batch in wanted:
+        steps = bench.steps(30 if batch == 64 else 15)
+        arguments = argparse.Namespace(**how, batch=batch, steps=steps)
+        bench.found[f"{preset}, {batch}"] = compare(preset, Path(bench.pictures).resolve(), "bf16", arguments)
+    return bench.found
 
 
 def record(bench: Bench) -> dict[str, Any]:

@@ -4,7 +4,8 @@ For each preset a policy of drawn weights is written as a checkpoint; both train
 with the same batch and in float32, each in a process of its own with its own loader, as users run them. They take
 turns, `--rounds` times, in changing order. A rate is the median over the steps after warm-up, of what each trainer
 itself reports (waiting for data included, start-up not). The presets that `--bf16` names are measured a second time
-with our `hardware.mixed_precision=bf16` against LeRobot's float32. All goes to benchmarks/results/train-<date>.json.
+with our `hardware.mixed_precision=bf16` against LeRobot's float32, or, with `--lerobot-bf16`, against LeRobot's bf16, as
+`accelerate launch --mixed_precision=bf16` brings it about. All goes to benchmarks/results/train-<date>.json.
 
 `--profile` measures instead where the time of our own steps goes.
 """
@@ -55,9 +56,9 @@ def write_start(preset: str, folder: Path) -> Path:
     return folder
 
 
-def run(command: list[str], threads: int) -> tuple[str, float]:
+def run(command: list[str], threads: int, **more: str) -> tuple[str, float]:
     """Run a trainer; return what it said and the seconds that it took."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **more}
     begin = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -65,40 +66,32 @@ def run(command: list[str], threads: int) -> tuple[str, float]:
     return done.stdout + done.stderr, time.perf_counter() - begin
 
 
-def train_ours(preset: str, root: Path, start: Path, steps: int, precision: str, folder: Path, threads: int) -> Any:
+def train_ours(preset: str, root: Path, start: Path, folder: Path, precision: str, how: argparse.Namespace) -> Any:
     """Return samples/s of every step, and the seconds of the whole command."""
     command = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}", *QUIET]
-    command += [f"training.init_from={start}", f"training.max_steps={steps}", "training.log_every=1"]
+    command += [f"training.init_from={start}", f"training.max_steps={how.steps}", "training.log_every=1"]
     command += [f"hardware.mixed_precision={precision}", f"output_dir={folder}", "evaluation.final_episodes=null"]
-    command += ["hardware.num_processes=1", f"hardware.num_threads={threads}", "lr_scheduler.num_warmup_steps=0"]
-    _, seconds = run(command, threads)
+    command += ["hardware.num_processes=1", f"hardware.num_threads={how.threads}", "lr_scheduler.num_warmup_steps=0"]
+    command += [] if how.batch is None else [f"training.batch_size={how.batch}"]
+    _, seconds = run(command, how.threads)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return command, [line["samples_per_s"] for line in lines if "samples_per_s" in line], seconds
 
 
-def train_lerobot(preset: str, root: Path, start: Path, steps: int, workers: int, folder: Path, threads: int) -> Any:
+def train_lerobot(preset: str, root: Path, start: Path, folder: Path, precision: str, how: argparse.Namespace) -> Any:
     """Return samples/s of every step, and the seconds of the whole command."""
     config = compose([f"+preset={preset}", "hardware.num_processes=1"])
+    batch_size = how.batch or config.training.batch_size
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={start}", "--wandb.enable=false"]
-    command += [
-        f"--dataset.root={root}",
-        "--dataset.repo_id=lerobot/pusht",
-        f"--batch_size={config.training.batch_size}",
-    ]
-    command += [
-        f"--steps={steps}",
-        f"--num_workers={workers}",
-        "--log_freq=1",
-        "--env_eval_freq=0",
-        "--save_freq=1000000",
-    ]
-    command += ["--save_checkpoint=false", "--policy.push_to_hub=false", f"--output_dir={folder}"]
-    command += [f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
+    command += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={batch_size}"]
+    command += [f"--steps={how.steps}", f"--num_workers={how.workers}", "--log_freq=1", "--env_eval_freq=0"]
+    command += ["--save_freq=1000000", "--save_checkpoint=false", "--policy.push_to_hub=false"]
+    command += [f"--output_dir={folder}", f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
     if config.dataset.episodes is not None:
         command += [f"--dataset.episodes={list(config.dataset.episodes)}".replace(" ", "")]
-    said, seconds = run(command, threads)
+    said, seconds = run(command, how.threads, ACCELERATE_MIXED_PRECISION=precision)
     times = re.findall(r"updt_s:([\d.]+) data_s:([\d.]+)", said)
-    return command, [config.training.batch_size / (float(update) + float(data)) for update, data in times], seconds
+    return command, [batch_size / (float(update) + float(data)) for update, data in times], seconds
 
 
 def median_after_warm_up(rates: list[float]) -> list[float]:
@@ -110,22 +103,18 @@ def median_after_warm_up(rates: list[float]) -> list[float]:
 def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the rates of both trainers, round by round, and the ratio of their medians."""
     steps = arguments.steps or STEPS[preset]
+    how = argparse.Namespace(**{**vars(arguments), "steps": steps})
+    precisions = {"getiaction": precision, "lerobot": "bf16" if precision == "bf16" and how.lerobot_bf16 else "no"}
+    trainers: dict[str, Callable[..., Any]] = {"lerobot": train_lerobot, "getiaction": train_ours}
     rates: dict[str, list[float]] = defaultdict(list)
-    result: dict[str, Any] = {"preset": preset, "precision": {"getiaction": precision, "lerobot": "no"}, "rounds": []}
+    result: dict[str, Any] = {"preset": preset, "batch_size": how.batch, "precision": precisions, "rounds": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         start = write_start(preset, folder / "start")
-        calls: dict[str, Callable[[int], Any]] = {
-            "lerobot": lambda number: train_lerobot(
-                preset, root, start, steps, arguments.workers, folder / f"lerobot{number}", arguments.threads
-            ),
-            "getiaction": lambda number: train_ours(
-                preset, root, start, steps, precision, folder / f"getiaction{number}", arguments.threads
-            ),
-        }
         for number in range(arguments.rounds):
-            for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
-                command, measured, seconds = calls[name](number)
+            for name in list(trainers)[:: 1 if number % 2 == 0 else -1]:
+                into = folder / f"{name}{number}"
+                command, measured, seconds = trainers[name](preset, root, start, into, precisions[name], how)
                 assert len(measured) == steps, f"{name} reported {len(measured)} of {steps} steps"
                 quartiles = median_after_warm_up(measured)
                 rates[name] += measured[int(steps * WARM_UP) :]
@@ -208,7 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="a folder with pusht and pusht_keypoints")
     parser.add_argument("--presets", nargs="*", default=["pusht_cpu", "pusht_keypoints", "pusht_basic"], choices=STEPS)
-    parser.add_argument("--bf16", nargs="*", default=["pusht_cpu", "pusht_keypoints", "pusht_basic"], choices=STEPS)
+    parser.add_argument("--bf16", nargs="*", choices=STEPS, help="default: those of --presets")
+    parser.add_argument("--lerobot-bf16", action="store_true", help="LeRobot in bf16, too, where ours is")
+    parser.add_argument("--batch", type=int, help="default: by preset")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of each run; default: by preset")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -223,7 +214,7 @@ def main() -> None:
             print(preset, json.dumps(profile(preset, dataset_of(preset, arguments.root.resolve()), arguments)))
         return
     pairs = [(preset, "no") for preset in arguments.presets]
-    pairs += [(preset, "bf16") for preset in arguments.presets if preset in arguments.bf16]
+    pairs += [(preset, "bf16") for preset in (arguments.presets if arguments.bf16 is None else arguments.bf16)]
     results = [compare(name, dataset_of(name, arguments.root.resolve()), how, arguments) for name, how in pairs]
     path = arguments.result or RESULTS / f"train-{datetime.now(UTC):%Y-%m-%d}.json"
     path.write_text(json.dumps({"date": datetime.now(UTC).isoformat(), **machine, "results": results}, indent=1) + "\n")

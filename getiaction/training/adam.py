@@ -32,7 +32,7 @@ def update_at_full_rate(optimizer: Optimizer) -> None:
     """
     if isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in optimizer.param_groups):
         lists = Lists()
-        kept: list[list[nn.Parameter]] = []
+        kept: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # groups, and all their weights
 
         def enter(optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             kept.clear()
@@ -42,15 +42,13 @@ def update_at_full_rate(optimizer: Optimizer) -> None:
                 ours = [weight for weight in group["params"] if is_ours(weight, group)]
                 if ours and (kernel := find_kernel()) is not None:
                     update(kernel, optimizer, group, ours, lists)
+                    kept.append((group, group["params"]))
                     taken = set(ours)
-                    kept.append(group["params"])
                     group["params"] = [weight for weight in group["params"] if weight not in taken]
-                else:
-                    kept.append(group["params"])
 
-        def leave(optimizer: Optimizer, *_: Any) -> None:
-            for group, params in zip(optimizer.param_groups, kept, strict=False):
-                group["params"] = params
+        def leave(*_: Any) -> None:
+            for group, weights in kept:
+                group["params"] = weights
             kept.clear()
 
         optimizer.register_step_pre_hook(enter)
