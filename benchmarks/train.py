@@ -4,7 +4,7 @@ For each preset a policy of drawn weights is written as a checkpoint; both train
 with the same batch and in float32, each in a process of its own with its own loader, as users run them. They take
 turns, `--rounds` times, in changing order. A rate is the median over the steps after warm-up, of what each trainer
 itself reports (waiting for data included, start-up not). The presets that `--bf16` names are measured a second time
-with our `hardware.mixed_precision=bf16` against LeRobot's float32, or, with `--lerobot-bf16`, against LeRobot's bf16, as
+with our `hardware.mixed_precision=bf16` against LeRobot's float32; with `--lerobot-bf16` against LeRobot's bf16, as
 `accelerate launch --mixed_precision=bf16` brings it about. All goes to benchmarks/results/train-<date>.json.
 
 `--profile` measures instead where the time of our own steps goes.
