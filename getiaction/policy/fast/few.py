@@ -13,13 +13,15 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor, nn
+from torch.nn import functional
 
 from getiaction.policy.fast.few_kernel import few_kernel, unfold_picture_kernel
 from getiaction.policy.fast.kernels import cast, multiplied_in
 
 MOST = 2**27  # multiplications, up to which this is faster
 ROWS = 4  # of a program
-MANY = 264  # programs: two for each of Hopper's 132 multiprocessors
+MANY = 256  # programs: about two for each of Hopper's 132 multiprocessors
+TALL = 1024  # rows, from which a library's product is faster
 COPIED = 1024  # numbers of a program that copies
 Pair = tuple[int, int]
 
@@ -45,35 +47,35 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Args:
         rows: (M, K), of the weight's type.
-        weight: (N, K), lying either way.
+        weight: (N, K), a row's numbers side by side.
         bias: (N,) or None.
     """
     count, width, columns = len(rows), rows.shape[1], len(weight)
+    if count > TALL or weight.stride(1) != 1:
+        return functional.linear(rows, weight, bias)
     out = torch.empty((count, columns), dtype=weight.dtype, device=rows.device)
-    grid = plan(count, columns, width, turned=weight.stride(1) != 1, size=weight.element_size())
+    grid = plan(count, columns, width, weight.element_size())
     with torch.cuda.device_of(rows):
         few_kernel[triton.cdiv(count, ROWS), triton.cdiv(columns, grid["COLUMNS"])](
-            rows.contiguous(), weight, weight if bias is None else bias, out, count, columns, width, *weight.stride(),
+            rows.contiguous(), weight, weight if bias is None else bias, out, count, columns, width, weight.stride(0),
             BIASED=bias is not None, **grid,
         )  # fmt: skip
     return out
 
 
-def plan(rows: int, columns: int, width: int, *, turned: bool, size: int) -> dict[str, int]:
-    """Return what a program does of a product, as measured: benchmarks/NOTES.md.
+def plan(rows: int, columns: int, width: int, size: int) -> dict[str, int]:
+    """Return what a program does of a product, as measured on an H200: benchmarks/NOTES.md.
 
     Args:
-        turned: the columns' weights lie side by side.
         size: bytes of a weight.
     """
-    if turned:
-        return {"COLUMNS": 32, "BLOCK": 16, "UNROLL": 1, "num_warps": 4}
-    blocks = triton.cdiv(rows, ROWS)
-    if blocks * columns // 4 >= 8 * MANY:
-        return {"COLUMNS": 4, "BLOCK": 128, "UNROLL": 2, "num_warps": 1}
-    wide = width >= 4096 or size < 4
-    held = 4 if blocks * columns // 4 >= MANY else 2
-    return {"COLUMNS": held, "BLOCK": 1024 if wide else 512, "UNROLL": 2, "num_warps": 8 if wide and size == 4 else 4}
+    if rows > 16 and size == 4:
+        columns, block = (8, 128) if rows > 128 else (4, 128 if rows > 32 else 256)
+        return {"COLUMNS": columns, "BLOCK": block, "UNROLL": 1 if columns == 8 else 2, "num_warps": block // 128}
+    programs = triton.cdiv(rows, ROWS) * columns // 4
+    if size < 4 or programs < MANY:
+        return {"COLUMNS": 2, "BLOCK": 1024, "UNROLL": 2, "num_warps": 8 if size == 4 else 4}
+    return {"COLUMNS": 4, "BLOCK": 512, "UNROLL": 2, "num_warps": 4}
 
 
 def convolve_picture(layer: nn.Conv2d, x: Tensor) -> Tensor:

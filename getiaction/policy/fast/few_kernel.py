@@ -9,15 +9,18 @@ import triton.language as tl
 
 @triton.jit
 def few_kernel(
-    x, weight, bias, out, rows, columns, width, weight_column, weight_inner,
+    x, weight, bias, out, rows, columns, width, weight_row,
     BIASED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Compute a few columns of four rows: each weight is read once for them, and multiplied in float32."""
     first, column = tl.program_id(0) * 4, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = column < columns
     has1, has2, has3 = first + 1 < rows, first + 2 < rows, first + 3 < rows
-    weights = weight + column.to(tl.int64)[:, None] * weight_column
+    weights = weight + column.to(tl.int64)[:, None] * weight_row
     seen = x + first.to(tl.int64) * width
+    offset = tl.zeros((COLUMNS,), tl.float32)
+    if BIASED:
+        offset += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)
     total0 = tl.zeros((COLUMNS, BLOCK), tl.float32)
     total1 = tl.zeros((COLUMNS, BLOCK), tl.float32)
     total2 = tl.zeros((COLUMNS, BLOCK), tl.float32)
@@ -25,20 +28,17 @@ def few_kernel(
     for start in tl.range(0, width, BLOCK, loop_unroll_factor=UNROLL):
         inner = start + tl.arange(0, BLOCK)
         known = inner < width
-        w = tl.load(weights + inner[None, :] * weight_inner, mask=kept[:, None] & known[None, :], other=0.0)
+        w = tl.load(weights + inner[None, :], mask=kept[:, None] & known[None, :], other=0.0)
         w = w.to(tl.float32)
         total0 += w * tl.load(seen + inner, mask=known, other=0.0).to(tl.float32)[None, :]
         total1 += w * tl.load(seen + width + inner, mask=known & has1, other=0.0).to(tl.float32)[None, :]
         total2 += w * tl.load(seen + 2 * width + inner, mask=known & has2, other=0.0).to(tl.float32)[None, :]
         total3 += w * tl.load(seen + 3 * width + inner, mask=known & has3, other=0.0).to(tl.float32)[None, :]
-    offset = tl.zeros((COLUMNS,), tl.float32)
-    if BIASED:
-        offset += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)
-    there = out + first.to(tl.int64) * columns + column
-    tl.store(there, (tl.sum(total0, 1) + offset).to(out.dtype.element_ty), mask=kept)
-    tl.store(there + columns, (tl.sum(total1, 1) + offset).to(out.dtype.element_ty), mask=kept & has1)
-    tl.store(there + 2 * columns, (tl.sum(total2, 1) + offset).to(out.dtype.element_ty), mask=kept & has2)
-    tl.store(there + 3 * columns, (tl.sum(total3, 1) + offset).to(out.dtype.element_ty), mask=kept & has3)
+    totals = tl.join(tl.join(total0, total1), tl.join(total2, total3))  # (COLUMNS, BLOCK, 2, 2): one sum for all
+    row = first + tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :]
+    result = tl.sum(totals, 1) + offset[:, None, None]
+    there = out + row.to(tl.int64) * columns + column[:, None, None]
+    tl.store(there, result.to(out.dtype.element_ty), mask=kept[:, None, None] & (row < rows))
 
 
 @triton.jit

@@ -228,12 +228,7 @@ def _convolve(layer: nn.Conv1d, x: Tensor, bias: Tensor | None) -> Tensor:
 def convolve_transposed(layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     """Do what a plain transposed convolution does: (B, C, T) to (B, C', T')."""
     weight, bias, stride, padding = layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])
-    assert bias is not None
-    if not few.takes(len(x) * x.shape[2], weight, x, bias):
-        return _TransposedConvolution.apply(x, weight, bias, stride, padding)
-    dtype, kernel, steps = multiplied_in(x, weight), weight.shape[2], x.shape[2]
-    windows = few.multiply(unfold(x, 1, 1, 0, dtype), cast(weight, dtype).flatten(1).t())  # (B T, C' k)
-    return fold(windows, len(x), (steps - 1) * stride - 2 * padding + kernel, kernel, stride, padding, bias, dtype)
+    return _TransposedConvolution.apply(x, weight, bias, stride, padding)
 
 
 def convolve_and_normalise(

@@ -82,16 +82,23 @@ def block_kernel(
     channel = group * size + inside
     place = (row * steps + step) * channels + channel
 
-    normal, _ = _normalise(x, start, place, channel, mask, steps * size, eps, STARTS)
+    # all that is read comes first: who waits for a sum cannot wait for memory at the same time
     gain, offset = tl.load(weight + channel, mask=known, other=0.0), tl.load(bias + channel, mask=known, other=0.0)
-    y, _ = _mish(normal * gain.to(tl.float32) + offset.to(tl.float32))
     if SCALES:
-        y *= tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
+        factor = tl.load(scale + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
     if SHIFTS:
-        y += tl.load(shift + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
+        summand = tl.load(shift + row * film_row + channel, mask=known, other=0.0).to(tl.float32)
     if ADDS:
         around = residual + row * residual_row + step * residual_step + channel * residual_channel
-        y += tl.load(around, mask=mask, other=0.0).to(tl.float32)
+        beside = tl.load(around, mask=mask, other=0.0).to(tl.float32)
+    normal, _ = _normalise(x, start, place, channel, mask, steps * size, eps, STARTS)
+    y, _ = _mish(normal * gain.to(tl.float32) + offset.to(tl.float32))
+    if SCALES:
+        y *= factor
+    if SHIFTS:
+        y += summand
+    if ADDS:
+        y += beside
     tl.store(out + place, y, mask=mask)
 
 
@@ -116,13 +123,13 @@ def block_backward_kernel(
     film = row * by_film_row + group * size + alone
 
     count = steps * size
-    normal, rate = _normalise(x, start, place, channel, mask, count, eps, STARTS)
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    y, slope = _mish(normal * gain + offset)
-
     source = gradient + row * gradient_row + step * gradient_step + channel * gradient_channel
     found = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    normal, rate = _normalise(x, start, place, channel, mask, count, eps, STARTS)
+    y, slope = _mish(normal * gain + offset)
+
     if SHIFTS:
         tl.store(by_shift + film, tl.sum(found, 0).to(by_shift.dtype.element_ty), mask=kept)
     if SCALES:

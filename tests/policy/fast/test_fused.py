@@ -145,7 +145,14 @@ def test_convolutions(
 
 @pytest.mark.parametrize(
     ("rows", "columns", "width", "turned"),
-    [(4, 6, 40, False), (7, 33, 1100, False), (1, 5, 130, True), (90, 8, 21, False), (0, 3, 8, False)],
+    [
+        (4, 6, 40, False),
+        (7, 33, 1100, False),
+        (1, 5, 130, True),
+        (20, 3, 300, False),
+        (140, 8, 21, False),
+        (0, 3, 8, False),
+    ],
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_of_few_rows(
@@ -277,7 +284,7 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
     else:  # as far from float32 as PyTorch's own, over all gradients
         joined = [torch.cat([part.flatten() for part in parts[1:]]) for parts in (found, by_library, exact)]
         assert 0 < float((joined[0] - joined[2]).norm()) < 2 * float((joined[1] - joined[2]).norm())
-        assert float((found[0] - exact[0]).norm()) < 2 * float((by_library[0] - exact[0]).norm())
+        assert float((found[0] - exact[0]).norm()) < 4 * float((by_library[0] - exact[0]).norm())  # of eight numbers
 
 
 def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
