@@ -16,6 +16,7 @@ from getiaction.config.compose import compose
 
 TOP = 30
 PROFILED = 3  # steps, or chunks
+SAMPLES = 3  # of what the driver says
 
 
 def busy(bench: Bench) -> dict[str, Any]:
@@ -80,6 +81,10 @@ def watch(bench: Bench, call: Callable[[], None], *, steps: int) -> dict[str, An
 
     take(8)
     wall = take(steps)
+    utilization = []
+    for _ in range(SAMPLES if bench.device == "cuda" else 0):
+        take(max(1, int(300 / wall)))
+        utilization.append(torch.cuda.utilization())  # of the last sixth of a second or more, says NVIDIA
     with profile(activities=[ProfilerActivity.CUDA if bench.device == "cuda" else ProfilerActivity.CPU]) as seen:
         take(PROFILED)
     where = f"self_{'device' if bench.device == 'cuda' else 'cpu'}_time_total"
@@ -92,6 +97,7 @@ def watch(bench: Bench, call: Callable[[], None], *, steps: int) -> dict[str, An
         "ms": round(wall, 3),
         "kernels_ms": round(kernels, 3),
         "busy": round(kernels / wall, 3),
+        "nvml_utilization": utilization,
         "launches": round(sum(count for _, count, _ in found)),
         "top_us": [[kernel[:90], round(count, 1), round(taken, 1)] for kernel, count, taken in found[:TOP]],
     }

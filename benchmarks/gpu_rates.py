@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
@@ -118,19 +117,19 @@ def chunks(bench: Bench) -> dict[str, Any]:
 
 
 def end_to_end(bench: Bench) -> dict[str, Any]:
-    """Train beside `lerobot-train`, both in bf16, each with its own process and loader: `benchmarks.train`."""
-    from benchmarks.train import compare
+    """Train beside `lerobot-train`, both in bf16, each with its own loader: `benchmarks.end_to_end`."""
+    from benchmarks.end_to_end import compare
 
     if not bench.pictures:
         return {"skipped": "name PushT's dataset with --pictures"}
-    wanted = (
-        [("pusht_fast", 2)] if bench.small else [(p, b) for p in ("pusht_basic", "pusht_advanced") for b in (64, 256)]
-    )
-    how = {"rounds": 1, "workers": 4, "threads": torch.get_num_threads(), "lerobot_bf16": True}
-    for preset, batch in wanted:
-        steps = bench.steps(30 if batch == 64 else 15)
-        arguments = argparse.Namespace(**how, batch=batch, steps=steps)
-        bench.found[f"{preset}, {batch}"] = compare(preset, Path(bench.pictures).resolve(), "bf16", arguments)
+    wanted = [
+        ("pusht_basic", 64, 30),
+        ("pusht_basic", 256, 12),
+        ("pusht_advanced", 64, 20),
+        ("pusht_advanced", 256, 12),
+    ]
+    cases = [("pusht_cpu", 2, 6)] if bench.small else wanted
+    compare(cases, Path(bench.pictures).resolve(), bench.found, bench.folder, "bf16")
     return bench.found
 
 

@@ -66,32 +66,39 @@ def run(command: list[str], threads: int, **more: str) -> tuple[str, float]:
     return done.stdout + done.stderr, time.perf_counter() - begin
 
 
-def train_ours(preset: str, root: Path, start: Path, folder: Path, precision: str, how: argparse.Namespace) -> Any:
-    """Return samples/s of every step, and the seconds of the whole command."""
-    command = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}", *QUIET]
-    command += [f"training.init_from={start}", f"training.max_steps={how.steps}", "training.log_every=1"]
-    command += [f"hardware.mixed_precision={precision}", f"output_dir={folder}", "evaluation.final_episodes=null"]
-    command += ["hardware.num_processes=1", f"hardware.num_threads={how.threads}", "lr_scheduler.num_warmup_steps=0"]
-    command += [] if how.batch is None else [f"training.batch_size={how.batch}"]
-    _, seconds = run(command, how.threads)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return command, [line["samples_per_s"] for line in lines if "samples_per_s" in line], seconds
-
-
-def train_lerobot(preset: str, root: Path, start: Path, folder: Path, precision: str, how: argparse.Namespace) -> Any:
-    """Return samples/s of every step, and the seconds of the whole command."""
+def commands_of(preset: str, root: Path, start: Path, folder: Path, how: argparse.Namespace) -> dict[str, list[str]]:
+    """Return what each trainer is called with: `how` has batch, steps, workers, threads and our precision."""
     config = compose([f"+preset={preset}", "hardware.num_processes=1"])
     batch_size = how.batch or config.training.batch_size
-    command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={start}", "--wandb.enable=false"]
-    command += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={batch_size}"]
-    command += [f"--steps={how.steps}", f"--num_workers={how.workers}", "--log_freq=1", "--env_eval_freq=0"]
-    command += ["--save_freq=1000000", "--save_checkpoint=false", "--policy.push_to_hub=false"]
-    command += [f"--output_dir={folder}", f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
+    ours = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}", *QUIET]
+    ours += [f"training.init_from={start}", f"training.max_steps={how.steps}", "training.log_every=1"]
+    ours += [f"hardware.mixed_precision={how.precision}", f"output_dir={folder}", "evaluation.final_episodes=null"]
+    ours += ["hardware.num_processes=1", f"hardware.num_threads={how.threads}", "lr_scheduler.num_warmup_steps=0"]
+    ours += [f"training.batch_size={batch_size}"]
+    theirs = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={start}", "--wandb.enable=false"]
+    theirs += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={batch_size}"]
+    theirs += [f"--steps={how.steps}", f"--num_workers={how.workers}", "--log_freq=1", "--env_eval_freq=0"]
+    theirs += ["--save_freq=1000000", "--save_checkpoint=false", "--policy.push_to_hub=false"]
+    theirs += [f"--output_dir={folder}", f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
     if config.dataset.episodes is not None:
-        command += [f"--dataset.episodes={list(config.dataset.episodes)}".replace(" ", "")]
-    said, seconds = run(command, how.threads, ACCELERATE_MIXED_PRECISION=precision)
+        theirs += [f"--dataset.episodes={list(config.dataset.episodes)}".replace(" ", "")]
+    return {"lerobot": theirs, "getiaction": ours}
+
+
+def train_ours(command: list[str], folder: Path, how: argparse.Namespace) -> tuple[list[float], float]:
+    """Return samples/s of every step, and the seconds of the whole command."""
+    _, seconds = run(command, how.threads)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["samples_per_s"] for line in lines if "samples_per_s" in line], seconds
+
+
+def train_lerobot(command: list[str], folder: Path, how: argparse.Namespace) -> tuple[list[float], float]:
+    """Return samples/s of every step, and the seconds of the whole command, which writes into `folder`."""
+    in_bf16 = how.lerobot_bf16 and how.precision == "bf16"
+    said, seconds = run(command, how.threads, ACCELERATE_MIXED_PRECISION="bf16" if in_bf16 else "no")
+    [size] = [int(one.partition("=")[2]) for one in command if one.startswith("--batch_size=")]
     times = re.findall(r"updt_s:([\d.]+) data_s:([\d.]+)", said)
-    return command, [batch_size / (float(update) + float(data)) for update, data in times], seconds
+    return [size / (float(update) + float(data)) for update, data in times], seconds
 
 
 def median_after_warm_up(rates: list[float]) -> list[float]:
@@ -103,8 +110,8 @@ def median_after_warm_up(rates: list[float]) -> list[float]:
 def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the rates of both trainers, round by round, and the ratio of their medians."""
     steps = arguments.steps or STEPS[preset]
-    how = argparse.Namespace(**{**vars(arguments), "steps": steps})
-    precisions = {"getiaction": precision, "lerobot": "bf16" if precision == "bf16" and how.lerobot_bf16 else "no"}
+    how = argparse.Namespace(**{**vars(arguments), "steps": steps, "precision": precision})
+    precisions = {"getiaction": precision, "lerobot": precision if how.lerobot_bf16 else "no"}
     trainers: dict[str, Callable[..., Any]] = {"lerobot": train_lerobot, "getiaction": train_ours}
     rates: dict[str, list[float]] = defaultdict(list)
     result: dict[str, Any] = {"preset": preset, "batch_size": how.batch, "precision": precisions, "rounds": []}
@@ -114,7 +121,8 @@ def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespa
         for number in range(arguments.rounds):
             for name in list(trainers)[:: 1 if number % 2 == 0 else -1]:
                 into = folder / f"{name}{number}"
-                command, measured, seconds = trainers[name](preset, root, start, into, precisions[name], how)
+                command = commands_of(preset, root, start, into, how)[name]
+                measured, seconds = trainers[name](command, into, how)
                 assert len(measured) == steps, f"{name} reported {len(measured)} of {steps} steps"
                 quartiles = median_after_warm_up(measured)
                 rates[name] += measured[int(steps * WARM_UP) :]

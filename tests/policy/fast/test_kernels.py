@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from getiaction.policy import ImageEncoder
 from getiaction.policy.fast import kernels
-from getiaction.policy.fast.convolution import use_library
-from getiaction.policy.fast.kernels import cast, cast_once, picture_kernels_for
+from getiaction.policy.fast.convolution import Conv2d, use_library
+from getiaction.policy.fast.kernels import cast, cast_once, few_kernels_for, picture_kernels_for
 
 HALF = torch.bfloat16
 
@@ -55,7 +55,7 @@ def test_functions_of_autograd_see_the_weight_itself() -> None:
 class OnGpu:
     """Stand in for pictures on a GPU, as far as anybody looks."""
 
-    device, dtype = torch.device("cuda"), torch.float32
+    device, dtype, ndim = torch.device("cuda"), torch.float32, 4
 
     def __init__(self, rows: int = 1, last: bool = True, dtype: torch.dtype = torch.float32) -> None:
         self.rows, self.last, self.dtype = rows, last, dtype
@@ -70,9 +70,14 @@ class OnGpu:
 def test_which_pictures_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(takes=lambda backbone: True)
     monkeypatch.setattr(kernels, "find_picture_kernels", lambda: found)
+    few: list[Any] = []
+    monkeypatch.setattr(kernels, "few_kernels_for", lambda layer, x: few[0] if few else None)
     backbone = ImageEncoder((3, 40, 40)).backbone
     assert picture_kernels_for(backbone, OnGpu()) is found
     assert picture_kernels_for(backbone, OnGpu(last=False)) is None
+    few.append(found)  # the convolutions will leave the channels last
+    assert picture_kernels_for(backbone, OnGpu(last=False)) is found
+    few.clear()
     backbone.to(memory_format=torch.channels_last)
     assert picture_kernels_for(backbone, OnGpu(last=False)) is found
     assert picture_kernels_for(backbone, torch.zeros(1, 3, 40, 40)) is None
@@ -112,3 +117,18 @@ def test_kernels_that_do_not_run_give_way_with_one_line(
     assert kernels._find(find) is None
     capturing = False
     assert kernels._find(find) is kernels
+
+
+def test_which_convolutions_of_pictures_are_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = SimpleNamespace(takes_picture=lambda layer, x: True)
+    monkeypatch.setattr(kernels, "find_kernels", lambda: SimpleNamespace(few=few))
+    layer: Any = Conv2d(3, 4, 3)
+    assert few_kernels_for(layer, OnGpu()) is few
+    assert few_kernels_for(layer, torch.zeros(1, 3, 8, 8)) is None
+    assert few_kernels_for(layer, OnGpu(rows=0)) is None
+    assert few_kernels_for(layer, OnGpu(dtype=torch.float64)) is None
+    few.takes_picture = lambda layer, x: False
+    assert few_kernels_for(layer, OnGpu()) is None
+    few.takes_picture = lambda layer, x: True
+    use_library(layer)
+    assert few_kernels_for(layer, OnGpu()) is None
