@@ -38,7 +38,7 @@ def takes(rows: int, weight: Tensor, *inputs: Tensor | None) -> bool:
 
 def takes_picture(layer: nn.Conv2d, x: Tensor) -> bool:
     """Tell the same of a plain convolution of x (B, C, H, W)."""
-    height, width = sides_of(x, layer.kernel_size, layer.stride, paddings_of(layer))
+    height, width = sides_of(x, *window_of(layer))
     return takes(len(x) * height * width, layer.weight, x, layer.bias)
 
 
@@ -80,16 +80,17 @@ def plan(rows: int, columns: int, width: int, size: int) -> dict[str, int]:
 
 def convolve_picture(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Do what a plain convolution does: (B, C, H, W) to (B, C', H', W'), whose channels lie last."""
-    dtype, padding = multiplied_in(x, layer.weight), paddings_of(layer)
+    dtype, window = multiplied_in(x, layer.weight), window_of(layer)
     weight, bias = cast(layer.weight, dtype), None if layer.bias is None else cast(layer.bias, dtype)
-    height, width = sides_of(x, layer.kernel_size, layer.stride, padding)
-    windows = unfold_picture(x, layer.kernel_size, layer.stride, padding, dtype)
-    return multiply(windows, weight.flatten(1), bias).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+    height, width = sides_of(x, *window)
+    product = multiply(unfold_picture(x, *window, dtype), weight.flatten(1), bias)
+    return product.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
-def paddings_of(layer: nn.Conv2d) -> Pair:
-    """Return how far it pads lines and columns."""
-    return int(layer.padding[0]), int(layer.padding[1])
+def window_of(layer: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
+    """Return its kernel, stride and padding, of lines and columns."""
+    (height, width), (down, along) = layer.kernel_size, layer.stride
+    return (height, width), (down, along), (int(layer.padding[0]), int(layer.padding[1]))
 
 
 def sides_of(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
