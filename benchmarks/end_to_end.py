@@ -36,14 +36,15 @@ def measure_lerobot(preset: str, root: Path, start: Path, folder: Path, how: arg
     """Return LeRobot's samples/s, quartiles after warm-up, and the seconds of the whole."""
     from lerobot.scripts.lerobot_train import train
 
-    os.environ["ACCELERATE_MIXED_PRECISION"] = how.precision
     command, before, said = commands_of(preset, root, start, folder, how)["lerobot"], sys.argv, io.StringIO()
     begin, sys.argv = time.perf_counter(), command[2:]
+    os.environ["ACCELERATE_MIXED_PRECISION"] = how.precision
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             train()
     finally:
         sys.argv = before
+        del os.environ["ACCELERATE_MIXED_PRECISION"]
     times = re.findall(r"updt_s:([\d.]+) data_s:([\d.]+)", said.getvalue())
     rates = [how.batch / (float(update) + float(data)) for update, data in times]
     waits = statistics.median(float(data) for _, data in times[len(times) // 3 :])

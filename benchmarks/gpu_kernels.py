@@ -17,6 +17,7 @@ from getiaction.config.compose import compose
 TOP = 30
 PROFILED = 3  # steps, or chunks
 SAMPLES = 3  # of what the driver says
+MANY = 10**6  # batches, more than are asked for
 
 
 def busy(bench: Bench) -> dict[str, Any]:
@@ -33,12 +34,13 @@ def busy(bench: Bench) -> dict[str, Any]:
         config, folder = compose(short), bench.folder / f"busy_{preset}_{precision}"
         trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
         trainer.model.train()
-        coming = trainer.batches.iterate(0, bench.steps(60) + 12)
+        coming = trainer.batches.iterate(0, MANY)
 
         def step(trainer: Any = trainer, coming: Any = coming) -> None:
             trainer._optimise(next(coming))
 
         bench.found[f"{preset}, {precision}"] = watch(bench, step, steps=bench.steps(60))
+        coming.close()
     return bench.found
 
 
@@ -48,6 +50,7 @@ def acting(bench: Bench) -> dict[str, Any]:
     from getiaction.config.build import build_policy
     from getiaction.interop.lerobot import load_policy, write_policy
 
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for preset in ("pusht_laptop",) if bench.small else ("pusht_fast", "pusht_basic", "pusht_pictures"):
         config = compose([f"+preset={preset}", "hardware.num_processes=1"])
@@ -64,6 +67,7 @@ def acting(bench: Bench) -> dict[str, Any]:
                     policy.predict_action_chunk(seen)
 
             bench.found[f"{preset}, {precision}"] = watch(bench, act, steps=bench.steps(20))
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     return bench.found
 
 

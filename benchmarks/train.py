@@ -69,14 +69,13 @@ def run(command: list[str], threads: int, **more: str) -> tuple[str, float]:
 def commands_of(preset: str, root: Path, start: Path, folder: Path, how: argparse.Namespace) -> dict[str, list[str]]:
     """Return what each trainer is called with: `how` has batch, steps, workers, threads and our precision."""
     config = compose([f"+preset={preset}", "hardware.num_processes=1"])
-    batch_size = how.batch or config.training.batch_size
     ours = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}", *QUIET]
     ours += [f"training.init_from={start}", f"training.max_steps={how.steps}", "training.log_every=1"]
     ours += [f"hardware.mixed_precision={how.precision}", f"output_dir={folder}", "evaluation.final_episodes=null"]
     ours += ["hardware.num_processes=1", f"hardware.num_threads={how.threads}", "lr_scheduler.num_warmup_steps=0"]
-    ours += [f"training.batch_size={batch_size}"]
+    ours += [f"training.batch_size={how.batch}"]
     theirs = [sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={start}", "--wandb.enable=false"]
-    theirs += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={batch_size}"]
+    theirs += [f"--dataset.root={root}", "--dataset.repo_id=lerobot/pusht", f"--batch_size={how.batch}"]
     theirs += [f"--steps={how.steps}", f"--num_workers={how.workers}", "--log_freq=1", "--env_eval_freq=0"]
     theirs += ["--save_freq=1000000", "--save_checkpoint=false", "--policy.push_to_hub=false"]
     theirs += [f"--output_dir={folder}", f"--policy.device={'cuda' if torch.cuda.is_available() else 'cpu'}"]
@@ -92,13 +91,12 @@ def train_ours(command: list[str], folder: Path, how: argparse.Namespace) -> tup
     return [line["samples_per_s"] for line in lines if "samples_per_s" in line], seconds
 
 
-def train_lerobot(command: list[str], folder: Path, how: argparse.Namespace) -> tuple[list[float], float]:
-    """Return samples/s of every step, and the seconds of the whole command, which writes into `folder`."""
+def train_lerobot(command: list[str], _: Path, how: argparse.Namespace) -> tuple[list[float], float]:
+    """Return samples/s of every step, and the seconds of the whole command."""
     in_bf16 = how.lerobot_bf16 and how.precision == "bf16"
     said, seconds = run(command, how.threads, ACCELERATE_MIXED_PRECISION="bf16" if in_bf16 else "no")
-    [size] = [int(one.partition("=")[2]) for one in command if one.startswith("--batch_size=")]
     times = re.findall(r"updt_s:([\d.]+) data_s:([\d.]+)", said)
-    return [size / (float(update) + float(data)) for update, data in times], seconds
+    return [how.batch / (float(update) + float(data)) for update, data in times], seconds
 
 
 def median_after_warm_up(rates: list[float]) -> list[float]:
@@ -114,6 +112,7 @@ def compare(preset: str, root: Path, precision: str, arguments: argparse.Namespa
     precisions = {"getiaction": precision, "lerobot": precision if how.lerobot_bf16 else "no"}
     trainers: dict[str, Callable[..., Any]] = {"lerobot": train_lerobot, "getiaction": train_ours}
     rates: dict[str, list[float]] = defaultdict(list)
+    how.batch = how.batch or compose([f"+preset={preset}", "hardware.num_processes=1"]).training.batch_size
     result: dict[str, Any] = {"preset": preset, "batch_size": how.batch, "precision": precisions, "rounds": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -43,7 +43,7 @@ from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.policy import DiffusionPolicy
 from getiaction.simulation.evaluation import Crowd, Stopped
-from getiaction.training.adam import update_at_full_rate
+from getiaction.training.adam import update_many_at_once
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.heap import keep_freed_memory
@@ -112,7 +112,8 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
     update_in_memory_order(optimizer)
-    update_at_full_rate(optimizer)
+    if accelerator.num_processes == 1:
+        update_many_at_once(optimizer)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
     if config.hardware.compile:

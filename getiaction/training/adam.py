@@ -1,8 +1,9 @@
-"""Let a fused Adam or AdamW on a CUDA GPU update weights at the memory's rate.
+"""Let a fused Adam or AdamW on a CUDA GPU update many weights at once.
 
 PyTorch's fused kernel is launched for some 36 tensors or 320 pieces of 65,536 numbers at a time, too few at once for a
-large GPU: 2.4 TB/s of an H200's 4.3 with 76 million weights, 1.6 with 12. Here a launch takes as many pieces as there
-are. The formula is PyTorch's, and so is what the optimiser holds between steps; sums are rounded in another order.
+large GPU: 2.4 TB/s of an H200's 4.3 with 76 million weights, 1.6 with 12. Here a launch takes all pieces of 16 tensors,
+of 2,048 numbers each. The formula is PyTorch's, and so is what the optimiser holds between steps; it is rounded
+otherwise. Measured and predicted: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -22,37 +23,45 @@ COUNT = 16  # tensors of a launch
 BLOCK = 2048  # numbers of a program
 DEVICES = ("cuda",)
 PLAIN = ("amsgrad", "maximize", "differentiable")  # what the kernel does not do, and nobody here asks for
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def update_at_full_rate(optimizer: Optimizer) -> None:
-    """Take the steps of a fused Adam or AdamW by our kernel, on CUDA GPUs where it runs; others are PyTorch's.
+def update_many_at_once(optimizer: Optimizer) -> None:
+    """Take the steps of a fused Adam or AdamW by our kernel, on a CUDA GPU where it runs; others are PyTorch's.
 
-    PyTorch's step, which everything that listens to it sees, finds no weights to update then. It takes those that have
-    no gradient or lie otherwise than it, and all if there is a gradient scaler or a closure.
+    PyTorch's step, which everything that listens to it sees, finds no weights to update then. It takes, or refuses,
+    those that the kernel does not: without a gradient, of another type, or lying otherwise than what belongs to them;
+    and all if there is a gradient scaler or a closure. Several processes must agree on who steps, so they should not
+    use it: one of them may lack the compiler.
     """
-    if isinstance(optimizer, Adam | AdamW) and all(group.get("fused") for group in optimizer.param_groups):
-        lists = Lists()
-        kept: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # groups, and all their weights
+    if type(optimizer) not in (Adam, AdamW):  # whatever a subclass does in its step
+        return
+    lists = Lists()
+    kept: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # groups, and all their weights
 
-        def enter(optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            kept.clear()
-            if named.get("closure") or any(callable(one) for one in given[1:]) or is_scaled(optimizer):
-                return
+    def enter(optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        leave()  # what a step that raised left undone
+        if named.get("closure") or any(callable(one) for one in given[1:]) or is_scaled(optimizer):
+            return
+        try:
             for group in optimizer.param_groups:
-                ours = [weight for weight in group["params"] if is_ours(weight, group)]
+                ours = weights_of(group, optimizer)
                 if ours and (kernel := find_kernel()) is not None:
                     update(kernel, optimizer, group, ours, lists)
                     kept.append((group, group["params"]))
                     taken = set(ours)
                     group["params"] = [weight for weight in group["params"] if weight not in taken]
+        except BaseException:
+            leave()
+            raise
 
-        def leave(*_: Any) -> None:
-            for group, weights in kept:
-                group["params"] = weights
-            kept.clear()
+    def leave(*_: Any) -> None:
+        for group, weights in kept:
+            group["params"] = weights
+        kept.clear()
 
-        optimizer.register_step_pre_hook(enter)
-        optimizer.register_step_post_hook(leave)
+    optimizer.register_step_pre_hook(enter)
+    optimizer.register_step_post_hook(leave)
 
 
 def find_kernel() -> ModuleType | None:
@@ -69,14 +78,34 @@ def is_scaled(optimizer: Optimizer) -> bool:
     return any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
 
 
-def is_ours(weight: nn.Parameter, group: dict[str, Any]) -> bool:
-    """Tell whether the kernel takes a weight: one piece of float32 on a GPU, whose gradient lies as it does."""
+def weights_of(group: dict[str, Any], optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the weights of a group that the kernel takes; none of a group that is not all on one GPU."""
+    weights, rate = group["params"], group["lr"]
+    if not group.get("fused") or any(group.get(name) for name in PLAIN):
+        return []
+    if not all(isinstance(beta, float) and beta > 0 for beta in group["betas"]):
+        return []
+    devices = {weight.device for weight in weights} | ({rate.device} if isinstance(rate, Tensor) else set())
+    if len(devices) != 1 or next(iter(devices)).type not in DEVICES:
+        return []
+    return [weight for weight in weights if is_ours(weight, optimizer.state.get(weight) or {})]
+
+
+def is_ours(weight: nn.Parameter, state: dict[str, Tensor]) -> bool:
+    """Tell whether the kernel takes a weight: one piece of float32, as are its gradient and moments, lying alike."""
     gradient = weight.grad
-    unusual = any(group.get(name) for name in PLAIN) or 0.0 in group["betas"]
-    if gradient is None or weight.device.type not in DEVICES or unusual:
+    if gradient is None or gradient.is_sparse or not 0 < weight.numel() < 2**31 or not is_whole(weight):
         return False
-    plain = weight.dtype == gradient.dtype == torch.float32 and not gradient.is_sparse
-    return plain and 0 < weight.numel() < 2**31 and weight.stride() == gradient.stride() and is_whole(weight)
+    alike = (gradient, *(state[name] for name in MOMENTS if name in state))
+    types = {weight.dtype, *(one.dtype for one in alike)}
+    return types == {torch.float32} and all(lies_as(one, weight) for one in alike)
+
+
+def lies_as(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors of one shape lie alike; a side of length 1 lies anyhow."""
+    if one.stride() == other.stride():
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
 
 
 def is_whole(weight: Tensor) -> bool:
@@ -90,7 +119,7 @@ class Lists:
 
     known: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor, int]] = field(default_factory=dict)
 
-    def of(self, weights: list[nn.Parameter]) -> tuple[Tensor, Tensor, int]:
+    def of(self, weights: list[Tensor]) -> tuple[Tensor, Tensor, int]:
         """Return ends and sizes, (COUNT,) each, and the number of programs; no weight, no program."""
         sizes = tuple(weight.numel() for weight in weights)
         key = weights[0].device, sizes
@@ -105,31 +134,37 @@ def update(
     kernel: ModuleType, optimizer: Optimizer, group: dict[str, Any], weights: list[nn.Parameter], lists: Lists
 ) -> None:
     """Take one step with the weights of a group, whose rate may be a number or a tensor, ()."""
-    states = {weight: state_of(optimizer, weight) for weight in weights}
-    torch._foreach_add_([state["step"] for state in states.values()], 1.0)
+    rows = [(weight.detach(), gradient_of(weight), state_of(optimizer, weight)) for weight in weights]
+    torch._foreach_add_([state["step"] for _, _, state in rows], 1.0)
     (beta1, beta2), rate, device = group["betas"], group["lr"], weights[0].device
     lr = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
     numbers = (math.log(beta1), math.log(beta2), beta1, beta2, 1 - beta1, 1 - beta2)
-    for aligned in (True, False):
-        alike = [weight for weight, state in states.items() if is_aligned(weight, state) is aligned]
-        for begin in range(0, len(alike), COUNT):
-            some = alike[begin : begin + COUNT]
-            ends, sizes, programs = lists.of(some)
-            some += some[-1:] * (COUNT - len(some))
-            rows = [tuple(states[weight][name] for weight in some) for name in ("exp_avg", "exp_avg_sq", "step")]
+    tables = [(weight, gradient, *(state[name] for name in (*MOMENTS, "step"))) for weight, gradient, state in rows]
+    alike: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
+    for table in tables:
+        alike[is_aligned(*table[:4])].append(table)
+    for aligned, launched in alike.items():
+        for begin in range(0, len(launched), COUNT):
+            some = launched[begin : begin + COUNT]
+            ends, sizes, programs = lists.of([table[0] for table in some])
+            columns = zip(*some, *some[-1:] * (COUNT - len(some)), strict=True)
             with torch.cuda.device_of(lr):
                 kernel.adam_kernel[(programs,)](
-                    tuple(weight.detach() for weight in some), tuple(weight.grad for weight in some), *rows,
-                    ends, sizes, lr, *numbers, group["eps"], group["weight_decay"],
+                    *columns, ends, sizes, lr, *numbers, float(group["eps"]), float(group["weight_decay"]),
                     ALIGNED=aligned, DECOUPLED=is_decoupled(optimizer, group), COUNT=COUNT, BLOCK=BLOCK, num_warps=4,
                 )  # fmt: skip
+    torch.autograd.graph.increment_version([*weights, *(state[name] for _, _, state in rows for name in MOMENTS)])
 
 
-def is_aligned(weight: nn.Parameter, state: dict[str, Tensor]) -> bool:
-    """Tell whether four numbers of a weight, and of what belongs to it, can be read at once."""
+def gradient_of(weight: nn.Parameter) -> Tensor:
+    """Return the gradient that `is_ours` has seen."""
     assert weight.grad is not None
-    there = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-    return weight.numel() % 4 == 0 and all(one.data_ptr() % 16 == 0 for one in there)
+    return weight.grad
+
+
+def is_aligned(*there: Tensor) -> bool:
+    """Tell whether four numbers of a weight, and of what belongs to it, can be read at once."""
+    return there[0].numel() % 4 == 0 and all(one.data_ptr() % 16 == 0 for one in there)
 
 
 def is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -142,6 +177,6 @@ def state_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
     state: dict[str, Tensor] = optimizer.state[weight]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
     return state

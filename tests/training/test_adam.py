@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from getiaction.training import adam
-from getiaction.training.adam import update_at_full_rate
+from getiaction.training.adam import update_many_at_once
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,6 +37,17 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return found
 
 
+@pytest.fixture
+def alone(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep PyTorch's fused kernels from taking a step."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("PyTorch's kernel")
+
+    for name in ("_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(torch, name, refuse)
+
+
 def make_weights() -> list[nn.Parameter]:
     """Return weights of more than one block, of sizes that four does and does not divide, more than a launch takes."""
     torch.manual_seed(0)
@@ -55,17 +66,20 @@ def step(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], number: 
     optimizer.step()
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(("kind", "options"), CHOICES)
 def test_steps_are_those_of_pytorch(
-    kernel: ModuleType, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+    alone: None, kind: type[torch.optim.Optimizer], options: dict[str, Any], on_device: bool
 ) -> None:
     weights = make_weights(), make_weights()
     ours, theirs = kind(weights[0], lr=1e-2, fused=True, **options), kind(weights[1], lr=1e-2, **options)
-    update_at_full_rate(ours)
+    update_many_at_once(ours)
     for number in range(4):
         step(ours, weights[0], number)
         step(theirs, weights[1], number)
-        ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 1e-2 / (number + 2)
+        rate = 1e-2 / (number + 2)
+        theirs.param_groups[0]["lr"] = rate
+        ours.param_groups[0]["lr"] = torch.tensor(rate, device=DEVICE) if on_device else rate  # as a graph reads it
     for one, other in zip(*weights, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
     found, wanted = ours.state_dict()["state"], theirs.state_dict()["state"]
@@ -77,49 +91,114 @@ def test_steps_are_those_of_pytorch(
     assert ours.param_groups[0]["params"] == weights[0]
 
 
-def test_the_first_steps_keep_their_digits(kernel: ModuleType) -> None:
+def test_the_first_steps_keep_their_digits(alone: None) -> None:
     """With beta2=0.999 the first step divides by 1 - 0.999, of which float32 would leave four digits."""
     weight = nn.Parameter(torch.zeros(4, device=DEVICE))
     optimizer = torch.optim.Adam([weight], lr=1.0, fused=True, eps=0.0)
-    update_at_full_rate(optimizer)
+    update_many_at_once(optimizer)
     weight.grad = torch.tensor([1.0, -2.0, 3.0, 1e-3], device=DEVICE)
     optimizer.step()
     assert torch.allclose(weight.cpu(), -torch.tensor([1.0, -1.0, 1.0, 1.0]), rtol=1e-6)
 
 
-def test_a_run_goes_on_from_what_was_saved(kernel: ModuleType) -> None:
+def test_a_run_goes_on_from_what_was_saved(alone: None) -> None:
     whole, half = make_weights(), make_weights()
     one, other = (torch.optim.AdamW(weights, lr=1e-2, fused=True) for weights in (whole, half))
-    update_at_full_rate(one)
-    update_at_full_rate(other)
+    update_many_at_once(one)
+    update_many_at_once(other)
     for number in range(4):
         step(one, whole, number)
     for number in range(2):
         step(other, half, number)
     resumed = torch.optim.AdamW(half, lr=1e-2, fused=True)
-    update_at_full_rate(resumed)
+    update_many_at_once(resumed)
     resumed.load_state_dict(other.state_dict())
     for number in range(2, 4):
         step(resumed, half, number)
     assert all(torch.equal(*pair) for pair in zip(whole, half, strict=True))
 
 
-def test_what_is_left_to_pytorch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+class Other(torch.optim.AdamW):
+    """Somebody's own optimiser."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amsgrad": True},
+        {"maximize": True},
+        {"fused": False},
+        {"betas": (0.0, 0.99)},
+        {"kind": Other},
+        {"closure": lambda: torch.zeros(())},
+    ],
+)
+def test_steps_that_are_left_to_pytorch(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     monkeypatch.setattr(adam, "update", None)
-    weight, half = nn.Parameter(torch.ones(4, 4, device=DEVICE)), nn.Parameter(torch.ones(4, device=DEVICE).bfloat16())
-    for options in ({"amsgrad": True}, {"maximize": True}, {"fused": False}, {"betas": (0.0, 0.99)}):
-        optimizer = torch.optim.AdamW([weight], **{"fused": True, **options})
-        update_at_full_rate(optimizer)
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
+    rest = {"kind": torch.optim.AdamW, "closure": None, "fused": True, **options}
+    kind, closure = rest.pop("kind"), rest.pop("closure")
+    weight = nn.Parameter(torch.ones(4, 4, device=DEVICE))
+    optimizer = kind([weight], **rest)
+    update_many_at_once(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step(closure)
+    assert float(weight.detach().mean()) != 1
+
+
+def test_a_gradient_scaler_is_left_to_pytorch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam, "update", None)
+    weight = nn.Parameter(torch.ones(4, device=DEVICE))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    [group] = optimizer.param_groups
-    assert adam.is_ours(weight, group)
-    half.grad, weight.grad = torch.ones_like(half), torch.ones(4, 4, device=DEVICE).t()  # which lies otherwise
-    assert not adam.is_ours(weight, group)
-    assert not adam.is_ours(half, group)
-    optimizer.grad_scale = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
-    assert adam.is_scaled(optimizer)
+    update_many_at_once(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.grad_scale = torch.full((), 2.0, device=DEVICE)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=DEVICE)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert float(weight.detach().mean()) != 1
+
+
+def test_weights_that_are_left_to_pytorch(kernel: ModuleType) -> None:
+    weight, half = nn.Parameter(torch.ones(4, 4, device=DEVICE)), nn.Parameter(torch.ones(4, device=DEVICE).bfloat16())
+    half.grad, weight.grad = torch.ones_like(half), torch.ones_like(weight)
+    assert adam.is_ours(weight, {})
+    assert not adam.is_ours(half, {})
+    moments = {"exp_avg": torch.ones(4, 4, device=DEVICE).t()}
+    assert not adam.is_ours(weight, moments)  # which lie otherwise
+    weight.grad = torch.ones(4, 4, device=DEVICE).t()
+    assert not adam.is_ours(weight, {})
+    column = nn.Parameter(torch.ones(3, 1, device=DEVICE))
+    column.grad = torch.ones(1, 3, device=DEVICE).t()
+    assert adam.is_ours(column, {})  # a side of length 1 lies anyhow
+
+
+def test_a_step_that_breaks_off_loses_no_weights(alone: None) -> None:
+    weights = make_weights()
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    update_many_at_once(optimizer)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(optimizer, weights, 0)
+    handle.remove()
+    step(optimizer, weights, 1)
+    assert optimizer.param_groups[0]["params"] == weights
+    assert float(optimizer.state[weights[0]]["step"]) == 2
+
+
+def test_a_backward_pass_through_changed_weights_is_noticed(alone: None) -> None:
+    weight = nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    update_many_at_once(optimizer)
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")

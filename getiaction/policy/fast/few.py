@@ -2,8 +2,8 @@
 
 One robot's chunk has 4 to 16 moments in each convolution of the U-Net and some hundred pixels in the ResNet's.
 Libraries are made for more: in float32 cuBLAS reads the weights at a quarter of the memory's rate there, and cuDNN
-takes 65 us for what can be read in 2. Here four rows meet each weight, which is read once; products and sums are
-float32.
+takes 65 us for what can be read in 2. Here a weight is read once for every four rows; products and sums are float32,
+whatever the settings for TF32 say.
 
 Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
 """
@@ -39,7 +39,7 @@ def takes(rows: int, weight: Tensor, *inputs: Tensor | None) -> bool:
 def takes_picture(layer: nn.Conv2d, x: Tensor) -> bool:
     """Tell the same of a plain convolution of x (B, C, H, W)."""
     height, width = sides_of(x, *window_of(layer))
-    return takes(len(x) * height * width, layer.weight, x, layer.bias)
+    return min(height, width) > 0 and takes(len(x) * height * width, layer.weight, x, layer.bias)
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,8 +83,15 @@ def convolve_picture(layer: nn.Conv2d, x: Tensor) -> Tensor:
     dtype, window = multiplied_in(x, layer.weight), window_of(layer)
     weight, bias = cast(layer.weight, dtype), None if layer.bias is None else cast(layer.bias, dtype)
     height, width = sides_of(x, *window)
-    product = multiply(unfold_picture(x, *window, dtype), weight.flatten(1), bias)
+    last = lies_last(weight)
+    rows = (weight.permute(0, 2, 3, 1) if last else weight).flatten(1)  # as they lie: nothing is copied
+    product = multiply(unfold_picture(x, *window, dtype, last=last), rows, bias)
     return product.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+
+def lies_last(weight: Tensor) -> bool:
+    """Tell whether a weight's channels lie last in memory, and only they do."""
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def window_of(layer: nn.Conv2d) -> tuple[Pair, Pair, Pair]:
@@ -102,8 +109,10 @@ def sides_of(x: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
     return down, along
 
 
-def unfold_picture(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dtype: torch.dtype) -> Tensor:
-    """Copy the windows of x (B, C, H, W), anyhow it lies, into (B H' W', C h w)."""
+def unfold_picture(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dtype: torch.dtype, *, last: bool = False
+) -> Tensor:
+    """Copy the windows of x (B, C, H, W), anyhow it lies, into (B H' W', C h w), or with channels last (..., h w C)."""
     height, width = sides_of(x, kernel, stride, padding)
     if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):
         return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype)
@@ -112,8 +121,8 @@ def unfold_picture(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dtype: 
     block = min(COPIED, triton.next_power_of_2(window))
     with torch.cuda.device_of(x):
         unfold_picture_kernel[len(out), triton.cdiv(window, block)](
-            x, out, window, *x.shape[2:], height, width, *x.stride(),
+            x, out, window, *x.shape[1:], height, width, *x.stride(),
             HEIGHT=kernel[0], WIDTH=kernel[1], STRIDE_Y=stride[0], STRIDE_X=stride[1],
-            PADDING_Y=padding[0], PADDING_X=padding[1], BLOCK=block,
+            PADDING_Y=padding[0], PADDING_X=padding[1], LAST=last, BLOCK=block,
         )  # fmt: skip
     return out

@@ -43,15 +43,18 @@ def few_kernel(
 
 @triton.jit
 def unfold_picture_kernel(
-    x, out, width, lines, columns, out_lines, out_columns, x_row, x_channel, x_line, x_column,
+    x, out, width, channels, lines, columns, out_lines, out_columns, x_row, x_channel, x_line, x_column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
-    PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, BLOCK: tl.constexpr,
+    PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy one window of a picture, a block of its (C, HEIGHT, WIDTH) numbers."""
+    """Copy one window of a picture, a block of its (C, HEIGHT, WIDTH) numbers, or with the channels LAST."""
     window = tl.program_id(0)
     row, place = (window // (out_lines * out_columns)).to(tl.int64), window % (out_lines * out_columns)
     inner = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    channel, tap = inner // (HEIGHT * WIDTH), inner % (HEIGHT * WIDTH)
+    if LAST:
+        channel, tap = inner % channels, inner // channels
+    else:
+        channel, tap = inner // (HEIGHT * WIDTH), inner % (HEIGHT * WIDTH)
     line = place // out_columns * STRIDE_Y - PADDING_Y + tap // WIDTH
     column = place % out_columns * STRIDE_X - PADDING_X + tap % WIDTH
     inside = (inner < width) & (line >= 0) & (line < lines) & (column >= 0) & (column < columns)

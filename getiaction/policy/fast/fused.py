@@ -3,8 +3,8 @@
 Where hundreds of channels meet a handful of places, cuDNN's convolutions along time take up to ten times as long as the
 matrix product that they are, and copy from one memory order to another before and after; group norm, Mish and FiLM are
 a dozen small kernels. Here a convolution copies its windows (one kernel) and multiplies; the rest is one kernel
-forwards and one backwards. The maths is the same: products are rounded as PyTorch's settings say (TF32, autocast), sums
-are float32. Sequences keep the shape (B, C, T), but lie as (B, T, C).
+forwards and one backwards. The maths is the same: products are rounded as PyTorch's settings say (TF32, autocast; those
+of `few.py` by autocast only), sums are float32. Sequences keep the shape (B, C, T), but lie as (B, T, C).
 
 Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
 """

@@ -55,6 +55,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     product = {"BIASED": True, "COLUMNS": 2, "BLOCK": 512, "UNROLL": 2}
     compile_kernel(kernels.few_kernel, ("x", "weight", "bias", "out"), product)
     sides = {"HEIGHT": 3, "WIDTH": 3, "STRIDE_Y": 2, "STRIDE_X": 2, "PADDING_Y": 1, "PADDING_X": 1, "BLOCK": 1024}
+    sides |= {"LAST": True}
     compile_kernel(kernels.unfold_picture_kernel, ("x", "out"), sides)
     kernels = importlib.import_module("getiaction.policy.fast.fused_picture_kernels")
     group = {"ADDS": True, "RECTIFIES": True, "PLACES": 256, "CHANNELS": 16}
@@ -169,21 +170,21 @@ def test_products_of_few_rows(
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["along time", "transposed", "of pictures", "of pictures, 1x1"])
-def test_convolutions_of_few_places(fused: ModuleType, kind: str, precision: torch.dtype | None) -> None:
+@pytest.mark.parametrize("kind", ["along time", "of pictures", "of pictures, channels last", "of pictures, 1x1"])
+def test_convolutions_of_few_places(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, precision: torch.dtype | None
+) -> None:
     layer: nn.Module
     if kind == "along time":
         layer, plain, x = Conv1d(40, 9, 5, 2, 2), nn.Conv1d.forward, drawn(2, 40, 8)
-    elif kind == "transposed":
-        layer, plain, x = ConvTranspose1d(40, 6, 4, 2, 1), nn.ConvTranspose1d.forward, drawn(3, 40, 4)
+        monkeypatch.setattr(fused, "_Convolution", None)  # the other kernels
     else:
         sizes = (1, 1, 0) if "1x1" in kind else (3, 2, 1)
         layer, plain, x = Conv2d(5, 6, *sizes), nn.Conv2d.forward, drawn(2, 5, 9, 7).transpose(2, 3)
-    layer.to(DEVICE)
+    layer.to(DEVICE, memory_format=torch.channels_last if "last" in kind else torch.preserve_format)  # type: ignore[call-overload]
     wanted = plain(layer, x)
-    call = {"along time": fused.convolve, "transposed": fused.convolve_transposed}.get(kind, fused.few.convolve_picture)
     with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
-        found = call(layer, x)
+        found = fused.convolve(layer, x) if kind == "along time" else fused.few.convolve_picture(layer, x)
     assert found.dtype == (precision or torch.float32)
     assert torch.allclose(found.float(), wanted, atol=1e-5 if precision is None else 5e-2)
 
@@ -196,6 +197,7 @@ def test_who_learns_is_left_to_the_other_kernels(fused: ModuleType) -> None:
         assert not few.takes(2**20, layer.weight.expand(64, 4, 3, 3, 3))
     layer.requires_grad_(False)
     assert few.takes_picture(layer, x)
+    assert not few.takes_picture(layer, x[:, :, :2, :2])  # for which PyTorch has an error
     assert not few.takes_picture(layer, x.requires_grad_())
 
 
@@ -321,7 +323,11 @@ def test_max_pooling(pictures: ModuleType, kernel: int, stride: int, padding: in
     lying = functional.relu(x - 0.5).contiguous(memory_format=torch.channels_last).requires_grad_()
     found = pictures.pool(layer, lying)
     assert found.is_contiguous(memory_format=torch.channels_last)
+    assert "Pool" in found.grad_fn.name()
+    assert "max_pool" not in found.grad_fn.name().lower()
     check(found, layer(lying), [lying], 1e-6)  # many are equal: both take the first
+    half = lying.detach().bfloat16()
+    assert torch.equal(pictures.pool(layer, half), layer(half))
     unknown = lying.detach().clone()
     unknown[0, 0, 4, 3] = float("nan")
     assert torch.equal(pictures.pool(layer, unknown).isnan(), layer(unknown).isnan())
@@ -340,7 +346,9 @@ def test_other_poolings_are_left_to_pytorch(pictures: ModuleType, monkeypatch: p
 def test_sums_over_rows(fused: ModuleType, count: int, rows: int, columns: int) -> None:
     tables = drawn(count, rows, columns, grad=False)
     assert torch.allclose(fused.add_rows(tables, torch.float32), tables.sum(1), atol=1e-4)
-    assert fused.add_rows(tables.bfloat16(), torch.bfloat16).dtype == torch.bfloat16
+    half = fused.add_rows(tables.bfloat16(), torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), tables.bfloat16().float().sum(1), rtol=1e-2, atol=1e-2)
 
 
 def test_the_gradient_of_what_is_added(pictures: ModuleType) -> None:
