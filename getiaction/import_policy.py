@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 from getiaction.errors import InputError, exit_with_message
+from getiaction.run_folder import CHECKPOINTS, LAST, PRETRAINED
 
-LAYOUT = ("checkpoints", "last", "pretrained_model")
+LAYOUT = (CHECKPOINTS, LAST, PRETRAINED)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +70,7 @@ def name_of(source: str) -> str:
     parts = Path(source).absolute().parts[1:]
     while len(parts) > 1 and parts[-1] in LAYOUT:
         parts = parts[:-1]
-    in_run = len(parts) > 2 and parts[-2] == "checkpoints"  # <run>/checkpoints/<step>
+    in_run = len(parts) > 2 and parts[-2] == CHECKPOINTS  # <run>/checkpoints/<step>
     return f"{parts[-3]}--{parts[-1]}" if in_run else parts[-1]
 
 

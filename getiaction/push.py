@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from getiaction.errors import InputError, exit_with_message
+from getiaction.run_folder import CONFIG
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def push(arguments: argparse.Namespace) -> str:
     )
     files = {**files_of(folder, evaluation), "README.md": card.encode()}
     if made:
-        files["config.yaml"] = made["folder"] / "config.yaml"
+        files[CONFIG] = made["folder"] / CONFIG
     if arguments.dry_run:
         return "\n".join([card, "files:", *(f"  {name}" for name in files)])
     return push_files(arguments.repo_id, files, private=arguments.private, revision=arguments.revision)

@@ -11,6 +11,7 @@ from getiaction.config.folders import job_folder
 from getiaction.config.overrides import as_override
 from getiaction.config.schema import Config
 from getiaction.errors import TrainingError
+from getiaction.run_folder import last_policy
 from getiaction.startup import release_collector
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def train(config: Config, folder: Path) -> dict[str, float]:
         if is_main:
             for picture in draw_report(folder, trainer.validator, trainer.best):
                 log.info("picture: %s", picture)
-            log.info("policy: %s", trainer.store.folder / "last" / "pretrained_model")
+            log.info("policy: %s", last_policy(folder))
             write_result(folder, trainer.step, metrics)
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if ran_out(error):
@@ -76,7 +77,7 @@ def run_hydra_job(config: Config) -> float | None:
     from getiaction.config.cluster import requeue
     from getiaction.config.launch import launch_processes, must_launch
     from getiaction.config.record import read_result
-    from getiaction.config.resume import has_checkpoint, take_up
+    from getiaction.config.resume import can_go_on, take_up
     from getiaction.config.sweep import in_sweep
 
     runtime = HydraConfig.get()
@@ -93,7 +94,7 @@ def run_hydra_job(config: Config) -> float | None:
         else:
             metrics = train(config, folder)
     except SystemExit as stopped:
-        if has_checkpoint(folder):
+        if can_go_on(folder):
             log.info("stopped; to go on: python -m getiaction.train %s", as_override("training.resume", str(folder)))
         requeue(int(stopped.code or 0) - 128)
         raise

@@ -21,11 +21,11 @@ from getiaction.config.schema import EvaluateConfig
 from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
-from getiaction.interop.layout import run_of
 from getiaction.interop.weights import fingerprint
 from getiaction.keys import is_camera
 from getiaction.policy import BatchedActor, DiffusionPolicy, Features
 from getiaction.report.evaluation import NUMBERS, draw_sheet, film, write_numbers
+from getiaction.run_folder import CONFIG, run_of
 from getiaction.simulation.environment import Environment
 from getiaction.simulation.evaluation import Crowd, EpisodeLog, run_episodes
 from getiaction.simulation.metrics import Summary, summarize
@@ -191,7 +191,7 @@ def find_env(pretrained: Path) -> dict[str, Any]:
         InputError: the folder belongs to no run, or to one without a simulator.
     """
     run = run_of(pretrained)
-    config = run / "config.yaml" if run else None
+    config = run / CONFIG if run else None
     env = (yaml.safe_load(config.read_text()) or {}).get("env") if config and config.exists() else None
     if env is None:
         raise InputError(f"{pretrained} belongs to no run that names its simulator: say which, env=pusht")

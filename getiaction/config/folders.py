@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from getiaction.config.sweep import in_sweep
 from getiaction.errors import InputError
+from getiaction.run_folder import CHECKPOINTS
 
 
 def slurm_folder(name: str) -> str:
@@ -59,14 +60,14 @@ def run_folder(name: str, resume: Any) -> str:
         return str(next(path for path in (folder, *twins) if not path.exists()))
     if resume is True:
         pattern = "*/*" if name == "default" else f"{name}/*"
-        runs = [path.parent for path in Path("outputs").glob(f"{pattern}/checkpoints")]
+        runs = [path.parent for path in Path("outputs").glob(f"{pattern}/{CHECKPOINTS}")]
         if not runs:
             raise InputError(
                 f"training.resume=true finds no run with a checkpoint in outputs/{'' if name == 'default' else name}"
             )
         return str(max(runs, key=lambda run: run.stat().st_mtime))
     folder = Path(str(resume))
-    if not (folder / "checkpoints").is_dir():
+    if not (folder / CHECKPOINTS).is_dir():
         raise InputError(
             f"training.resume={resume} is no run folder with checkpoints: give outputs/<name>/<date_time>, or true "
             "for the newest"

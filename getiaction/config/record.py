@@ -22,8 +22,8 @@ from getiaction.config.schema import Config
 from getiaction.errors import InputError
 from getiaction.files import replace_text
 from getiaction.machine import read_cpu
+from getiaction.run_folder import CONFIG, RESULT, RUN, has_checkpoint
 
-RESULT = "result.json"
 PACKAGES = (
     "getiaction",
     "torch",
@@ -44,7 +44,7 @@ def check_folder(config: Config, folder: Path) -> None:
     Raises:
         InputError: `folder` holds a run, and this one does not resume it.
     """
-    if not config.resumes and any(folder.glob("checkpoints/[0-9]*")):
+    if not config.resumes and has_checkpoint(folder):
         raise InputError(
             f"output_dir={folder} already holds a run, which a new one would overwrite: go on with it by "
             f"{as_override('training.resume', str(folder))}, or give another output_dir"
@@ -56,7 +56,7 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
     if not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    described, path = describe_machine(accelerator.device), folder / "run.json"
+    described, path = describe_machine(accelerator.device), folder / RUN
     if HydraConfig.initialized():
         given = HydraConfig.get().overrides.task
         described["overrides"] = [override for override in given if not override.startswith("output_dir=")]
@@ -64,7 +64,7 @@ def write_run_files(config: Config, folder: Path, accelerator: Accelerator) -> N
     if path.exists():
         first = json.loads(path.read_text())
         described = {**first, "resumed": [*first.get("resumed", []), described]}
-    replace_text(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    replace_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     replace_text(path, json.dumps(described, indent=1))
 
 
@@ -77,7 +77,7 @@ def read_result(folder: Path, config: Config) -> dict[str, float] | None:
     """Return the metrics of a run that is complete; None if there is none with this config."""
     if not (folder / RESULT).exists():
         return None
-    saved, now = yaml.safe_load((folder / "config.yaml").read_text()), asdict(config)
+    saved, now = yaml.safe_load((folder / CONFIG).read_text()), asdict(config)
     for content in (saved, now):
         del content["output_dir"], content["training"]["resume"]
     return json.loads((folder / RESULT).read_text())["metrics"] if saved == now else None

@@ -17,6 +17,7 @@ from getiaction.config.schema import Config
 from getiaction.config.sources import without_roots
 from getiaction.config.trust import unknown_targets
 from getiaction.errors import InputError
+from getiaction.run_folder import CHECKPOINTS, CONFIG, has_checkpoint
 from getiaction.training.checkpoint import read_global_batch_size
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ MAY_CHANGE = (
 )
 
 
-def has_checkpoint(folder: Path) -> bool:
+def can_go_on(folder: Path) -> bool:
     """Tell whether a folder holds a run that can go on."""
-    return (folder / "config.yaml").exists() and any(folder.glob("checkpoints/[0-9]*"))
+    return (folder / CONFIG).exists() and has_checkpoint(folder)
 
 
 def take_up(config: Config, overrides: list[str], folder: Path) -> Config:
@@ -56,7 +57,7 @@ def take_up(config: Config, overrides: list[str], folder: Path) -> Config:
         InputError: an override would change what the run computes.
     """
     if config.training.resume == "auto":
-        config.training.resume = str(folder) if has_checkpoint(folder) else None
+        config.training.resume = str(folder) if can_go_on(folder) else None
     return resumed_config(config, overrides, folder) if config.resumes else config
 
 
@@ -71,7 +72,7 @@ def resumed_config(config: Config, overrides: list[str], folder: Path) -> Config
     Raises:
         InputError: an override would change what the run computes.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.exists():
         raise InputError(f"training.resume: {folder} has no config.yaml, so it is no run of getiaction")
     saved = OmegaConf.create(dict(yaml.safe_load(path.read_text())))
@@ -123,7 +124,7 @@ def moved(sources: list[Any] | None, now: list[Any] | None) -> bool:
 
 def keep_global_batch(saved: DictConfig, folder: Path, keys: set[str]) -> None:
     """Share the global batch that a run has had among the processes of now, but where `keys` were overridden."""
-    batch = read_global_batch_size(folder / "checkpoints")
+    batch = read_global_batch_size(folder / CHECKPOINTS)
     if not batch or "training.gradient_accumulation_steps" in keys:
         return
     processes = int(os.environ.get("WORLD_SIZE", saved.hardware.num_processes * saved.hardware.num_nodes))

@@ -42,6 +42,7 @@ from getiaction.errors import InputError
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.policy import DiffusionPolicy
+from getiaction.run_folder import CHECKPOINTS, EVALUATION
 from getiaction.simulation.evaluation import Crowd, Stopped
 from getiaction.training.adam import update_many_at_once
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
@@ -98,7 +99,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     """
     if config.uses_images and fetches_weights(config):
         fetch_weights(config)
-    store = CheckpointStore(folder / "checkpoints", write_policy=write_policy, keep=config.training.keep_checkpoints)
+    store = CheckpointStore(folder / CHECKPOINTS, write_policy=write_policy, keep=config.training.keep_checkpoints)
     checkpoint = store.newest(log.warning) if config.resumes else None
     state = read_state(checkpoint) if checkpoint else None
 
@@ -181,7 +182,7 @@ def evaluate_in_training(
         videos=wanted.videos,
         anew=True,  # a run that goes on elsewhere, or under other rules, begins an evaluation that was stopped again
     )
-    results = folder / "evaluation" / f"{step:06d}"
+    results = folder / EVALUATION / f"{step:06d}"
     described = {"step": step, **describe_machine(policy.device)}
     try:
         summary = evaluation.run(policy, results, described, stopping)

@@ -16,9 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from getiaction.config.record import RESULT
 from getiaction.errors import InputError, TrainingError
 from getiaction.files import claimed, is_claimed, replace_text
+from getiaction.run_folder import RESULT
 
 log = logging.getLogger(__name__)
 held = contextlib.ExitStack()  # the folder of the sweep; not in `SweepLog`, which travels to the machines of its jobs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 CONFIG, EXTRA, WEIGHTS = "config.json", "getiaction.json", "model.safetensors"
 OURS = "getiaction_diffusion"
 """The policy type of what LeRobot has no equal for: LeRobot refuses it."""
@@ -12,10 +10,3 @@ PREPROCESSOR_STATE = f"{PREPROCESSOR}_step_3_normalizer_processor.safetensors"
 POSTPROCESSOR_STATE = f"{POSTPROCESSOR}_step_0_unnormalizer_processor.safetensors"
 FILES = (CONFIG, EXTRA, WEIGHTS, "train_config.json", f"{PREPROCESSOR}*.*", f"{POSTPROCESSOR}*.*")
 """Patterns of all that a policy folder can hold (LeRobot numbers its processors' steps); nothing else is ever sent."""
-
-
-def run_of(policy_folder: Path) -> Path | None:
-    """Return the run that a policy folder belongs to, <run>/checkpoints/<step>/pretrained_model; None if to none."""
-    folder = policy_folder.resolve()
-    in_run = folder.name == "pretrained_model" and folder.parent.parent.name == "checkpoints"
-    return folder.parent.parent.parent if in_run else None

@@ -35,6 +35,7 @@ from getiaction.interop.lerobot_files import lerobot_config, postprocessor, prep
 from getiaction.interop.lerobot_read import read_foreign
 from getiaction.policy import DiffusionPolicy
 from getiaction.policy.normalizer import Statistics
+from getiaction.run_folder import PRETRAINED, last_policy
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def find_policy_folder(source: str | Path, key: str = "checkpoint") -> Path:
                 "on the Hugging Face Hub, <owner>/<name>"
             )
         path = fetch_policy(str(source), key)
-    places = [path / "checkpoints" / "last" / "pretrained_model", path / "pretrained_model", path]
+    places = [last_policy(path), path / PRETRAINED, path]
     folder = next((place for place in places if (place / WEIGHTS).exists()), None)
     if folder is None:
         raise InputError(

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from getiaction.errors import InputError
-from getiaction.interop.layout import run_of
 from getiaction.report.evaluation import NUMBERS
+from getiaction.run_folder import CONFIG, EVALUATION, RUN, run_of
 
 TEMPLATE = """# {name}
 
@@ -52,12 +52,12 @@ NOT_LEROBOT = "LeRobot has no equal for this policy ({reasons}). With GetiAction
 def read_run(policy_folder: Path) -> dict[str, Any]:
     """Return a policy's run: `folder`, and `config` and `run`, what its files say; empty if it has none."""
     run = run_of(policy_folder)
-    if run is None or not all((run / name).exists() for name in ("config.yaml", "run.json")):
+    if run is None or not all((run / name).exists() for name in (CONFIG, RUN)):
         return {}
     return {
         "folder": run,
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
-        "run": json.loads((run / "run.json").read_text()),
+        "config": yaml.safe_load((run / CONFIG).read_text()),
+        "run": json.loads((run / RUN).read_text()),
     }
 
 
@@ -72,7 +72,7 @@ def find_evaluation(policy_folder: Path, given: Path | None) -> Path | None:
             raise InputError(f"--evaluation {given} holds no {NUMBERS}: give outputs/evaluate/<date_time>")
         return given
     run = run_of(policy_folder)
-    own = run / "evaluation" / policy_folder.resolve().parent.name if run else None
+    own = run / EVALUATION / policy_folder.resolve().parent.name if run else None
     return own if own and (own / NUMBERS).exists() else None
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from getiaction.errors import InputError
 from getiaction.files import replace_text
+from getiaction.run_folder import RESULT, RUN
 from getiaction.simulation.metrics import Estimate
 from getiaction.training.metrics import read_metrics
 
-RESULT, RUN = "result.json", "run.json"
 NAMES = {"score": "score A", "success": "success B", "val_loss": "validation loss", "val_action_error": "action error"}
 LARGER_IS_BETTER = ("score", "success")
 DECIDES_NOTHING = ("seed", "output_dir", "hardware.num_threads", "dataset.cache_dir", "training.resume")

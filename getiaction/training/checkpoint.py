@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from getiaction.errors import InputError
+from getiaction.run_folder import BEST, LAST, MANIFEST, PRETRAINED, STATE
 
-PRETRAINED, STATE, MANIFEST, LAST, BEST = "pretrained_model", "training_state", "manifest.json", "last", "best"
 SCORE = "score.json"
 WEIGHTS = "model.safetensors"
 

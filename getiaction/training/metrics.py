@@ -15,7 +15,8 @@ from urllib.parse import urlparse
 import torch
 from accelerate import Accelerator
 
-METRICS_FILE = "metrics.jsonl"
+from getiaction.run_folder import METRICS
+
 PROGRESS = {"step", "time", "epoch", "samples", "lr", "episodes"}
 SPENDING = {"samples_per_s", "data_wait", "memory_gb", "gpu_memory_gb"}
 
@@ -30,7 +31,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, start_step: int = 0) -> None:
-        self.path, self.accelerator = folder / METRICS_FILE, accelerator
+        self.path, self.accelerator = folder / METRICS, accelerator
         self.active = accelerator.is_main_process
         if self.active:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ class MetricsWriter:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; one that a kill cut short is left out."""
-    path = folder / METRICS_FILE
+    path = folder / METRICS
     lines: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

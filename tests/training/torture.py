@@ -16,7 +16,7 @@ from typing import Any
 
 import getiaction.config.run  # noqa: F401
 from getiaction.config.compose import compose
-from getiaction.config.resume import has_checkpoint, resumed_config
+from getiaction.config.resume import can_go_on, resumed_config
 from getiaction.errors import TrainingError
 from getiaction.report import run as report
 from getiaction.train import train
@@ -32,7 +32,7 @@ def run_once(overrides: list[str], folder: Path, accident: dict[str, Any]) -> No
     report.draw_report = lambda *_: []  # pictures take longer than all the rest
     arrange(accident, folder)
     config = compose([*overrides, f"output_dir='{folder}'"])
-    if has_checkpoint(folder):
+    if can_go_on(folder):
         again = [f"training.resume='{folder}'"]
         config = resumed_config(compose(again), again, folder)
     try:

@@ -14,6 +14,7 @@ from getiaction.config.lightning.translation import Translation, check_names, ch
 from getiaction.config.lightning.values import read_values
 from getiaction.data.metadata import DatasetMetadata, find_dataset
 from getiaction.errors import InputError
+from getiaction.run_folder import CHECKPOINTS
 
 
 def translate(arguments: Arguments) -> Translation:
@@ -193,4 +194,4 @@ def run_of(checkpoint: str) -> str:
             f"ckpt_path={checkpoint} is a file of Lightning's, a pickle, which is never opened here: give a run "
             "folder, or start from LeRobot's weights with --getiaction.training.init_from"
         )
-    return str(next((parent.parent for parent in (path, *path.parents) if parent.name == "checkpoints"), path))
+    return str(next((parent.parent for parent in (path, *path.parents) if parent.name == CHECKPOINTS), path))
