@@ -92,9 +92,11 @@ def weights_of(group: dict[str, Any], optimizer: Optimizer) -> list[nn.Parameter
 
 
 def is_ours(weight: nn.Parameter, state: dict[str, Tensor]) -> bool:
-    """Tell whether the kernel takes a weight: one piece of float32, as are its gradient and moments, lying alike."""
+    """Tell whether the kernel takes a weight: one piece of float32, as are its gradient and moments, that lie alike."""
     gradient = weight.grad
     if gradient is None or gradient.is_sparse or not 0 < weight.numel() < 2**31 or not is_whole(weight):
+        return False
+    if any(one.device != weight.device for one in state.values()):
         return False
     alike = (gradient, *(state[name] for name in MOMENTS if name in state))
     types = {weight.dtype, *(one.dtype for one in alike)}
