@@ -70,8 +70,10 @@ def plan(rows: int, columns: int, width: int, size: int) -> dict[str, int]:
         size: bytes of a weight.
     """
     if rows > 16 and size == 4:
-        columns, block = (8, 128) if rows > 128 else (4, 128 if rows > 32 else 256)
-        return {"COLUMNS": columns, "BLOCK": block, "UNROLL": 1 if columns == 8 else 2, "num_warps": block // 128}
+        if rows > 128:
+            return {"COLUMNS": 8, "BLOCK": 128, "UNROLL": 1, "num_warps": 1}
+        block = 128 if rows > 32 else 256
+        return {"COLUMNS": 4, "BLOCK": block, "UNROLL": 2, "num_warps": block // 128}
     programs = triton.cdiv(rows, ROWS) * columns // 4
     if size < 4 or programs < MANY:
         return {"COLUMNS": 2, "BLOCK": 1024, "UNROLL": 2, "num_warps": 8 if size == 4 else 4}

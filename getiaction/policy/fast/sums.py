@@ -1,5 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Sums over the rows of small tables on a CUDA GPU, as gradients of biases and norms are: PyTorch's take twice as long.
+"""Sums over the rows of small tables on a CUDA GPU, as gradients of biases and norms are: a training step has dozens.
+
+PyTorch takes 5 us for each on an H200, however small.
 
 Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
 """
