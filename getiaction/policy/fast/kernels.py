@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,9 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
         return None
     weight = next(backbone.parameters())
     lie_last = any(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, x))
-    if not lie_last and (not isinstance(backbone[0], nn.Conv2d) or few_kernels_for(backbone[0], x) is None):
+    first: Any = backbone[0]
+    is_ours = hasattr(first, "by_taps")  # a `Conv2d` of `convolution.py`, which looks at them, too
+    if not lie_last and not (is_ours and few_kernels_for(first, x) is not None):
         return None  # nor will what the convolutions make lie so
     kernels = find_picture_kernels()
     return kernels if kernels is not None and kernels.takes(backbone) else None

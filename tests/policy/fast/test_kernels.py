@@ -77,6 +77,8 @@ def test_which_pictures_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> Non
     assert picture_kernels_for(backbone, OnGpu(last=False)) is None
     few.append(found)  # the convolutions will leave the channels last
     assert picture_kernels_for(backbone, OnGpu(last=False)) is found
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"))
+    assert picture_kernels_for(theirs, OnGpu(last=False)) is None
     few.clear()
     backbone.to(memory_format=torch.channels_last)
     assert picture_kernels_for(backbone, OnGpu(last=False)) is found
