@@ -113,7 +113,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
     update_in_memory_order(optimizer)
-    if accelerator.num_processes == 1:
+    if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
         update_many_at_once(optimizer)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
