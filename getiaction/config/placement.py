@@ -33,7 +33,7 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
 def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
     """Tell whether wide convolutions learn by taps: where they can, on CPUs that are known to be faster so."""
     can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
-    known = read_cpu("vendor_id") == "GenuineIntel"  # benchmarks/NOTES.md
+    known = read_cpu("vendor_id") in ("GenuineIntel", "AuthenticAMD")  # benchmarks/NOTES.md
     return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.fast.kernels import cast_once
+from getiaction.policy.fast.kernels import cast_ahead, cast_once
 from getiaction.policy.fast.replay import LOCK, launching
 from getiaction.policy.fast.replays import Replays, can_replay
 from getiaction.policy.fast.unroll import unroll
@@ -137,7 +137,10 @@ class DiffusionPolicy(nn.Module):
             noise: (B K, T, Da), standard normal: K draws for each sample, one sample's after the other's.
             timesteps: (B K,) integers in [0, num_train_timesteps).
         """
-        batch = self.normalizer(batch)
+        with cast_ahead(self, self.device):
+            return self._loss(self.normalizer(batch), noise, timesteps)
+
+    def _loss(self, batch: Mapping[str, Tensor], noise: Tensor, timesteps: Tensor) -> Tensor:
         actions, is_pad, cond = batch[ACTION], batch[ACTION_IS_PAD], self.encode(batch)  # (B, T, Da), (B, T), (B, ...)
         if (draws := len(noise) // len(actions)) > 1:  # the observations are encoded once for all K
             actions, is_pad, cond = (part.repeat_interleave(draws, dim=0) for part in (actions, is_pad, cond))

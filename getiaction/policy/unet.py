@@ -119,6 +119,8 @@ class ConditionalUnet1d(nn.Module):
         gradient_checkpointing: recompute blocks in the backward pass, for less memory.
     """
 
+    by_library = False  # see `convolution.use_library`
+
     def __init__(
         self,
         *,
@@ -186,6 +188,9 @@ class ConditionalUnet1d(nn.Module):
         """
         cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
         cond = self.activation(cond)
+        if (fused := self._kernels(noisy_actions)) is not None:
+            layers = [cast(nn.Linear, block.cond_encoder[1]) for block in self._blocks()]
+            return self.denoise(noisy_actions, fused.films(layers, cond))
 
         def run(block: ResidualBlock, x: Tensor) -> Tensor:
             if self.gradient_checkpointing and self.training:
@@ -235,6 +240,17 @@ class ConditionalUnet1d(nn.Module):
             x = double(run(second, run(first, x)))
         x = self.final_conv(x)
         return rearrange(x[:, :, 0] if rows else x, "b d t -> b t d")
+
+    def _kernels(self, x: Tensor) -> ModuleType | None:
+        """Return the kernels in `fused.py` where all FiLM layers can be one product, and nobody listens to a block."""
+        fused = kernels_for(self, x) if torch.is_grad_enabled() else None
+        if fused is None or (self.gradient_checkpointing and self.training):
+            return None
+        layers = [block.cond_encoder for block in self._blocks()]
+        if any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
+            return None
+        own = (one for layer in layers for one in (layer, *layer))
+        return None if is_watched(*self._blocks(), *own) else fused
 
     def _is_faster_in_rows(self, x: Tensor) -> bool:
         """Tell whether channels last in memory are faster: in float32 on the CPU, for narrow networks and for those

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from getiaction.policy.fast.kernels import few_kernels_for, kernels_for
+from getiaction.policy.fast.kernels import cast, few_kernels_for, kernels_for, multiplied_in
 from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
@@ -64,6 +65,9 @@ class Conv2d(nn.Conv2d):
         if self.by_taps and is_faster_by_taps(self, x, PIXELS):
             sizes = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
             return convolve_by_taps(x, self.weight, self.bias, *sizes).contiguous(memory_format=torch.channels_last)
+        if learns_under_autocast(self, x):
+            padding = int(self.padding[0]), int(self.padding[1])
+            return _CastConvolution.apply(x, self.weight, self.bias, self.stride, padding)
         return convolve(self, x) if pays(self, x) else super().forward(x)
 
 
@@ -121,6 +125,13 @@ def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
         return False
     return x.ndim in (4, layer.weight.ndim) and count_places(layer, x) <= most
+
+
+def learns_under_autocast(layer: Conv2d, x: Tensor) -> bool:
+    """Tell whether weights that were cast ahead can be used (see `kernels.cast_ahead`): on a GPU, with gradients."""
+    if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda") or layer.by_library or not is_plain(layer):
+        return False
+    return x.ndim == 4 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def count_places(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> int:
@@ -182,6 +193,33 @@ class _Convolution(torch.autograd.Function):
         if needs_bias:
             by_bias = gradient.sum(dim=[0, *range(2, gradient.ndim)])
         return by_x, by_weight, by_bias, None, None
+
+
+class _CastConvolution(torch.autograd.Function):
+    """Do what autocast makes of a convolution of x (B, C, H, W), with weights that may have been cast before."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
+        dtype = multiplied_in(x, weight)
+        multiplied, summand = cast(weight, dtype), None if bias is None else cast(bias, dtype)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        narrow = x.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
+        ctx.save_for_backward(narrow, multiplied)
+        ctx.types = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.bias, ctx.window = None if bias is None else list(bias.shape), (stride, padding)
+        return torch.convolution(narrow, multiplied, summand, stride, padding, (1, 1), False, (0, 0), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        found = torch.ops.aten.convolution_backward(
+            gradients[0], x, weight, ctx.bias, *ctx.window, (1, 1), False, (0, 0), 1, needed
+        )
+        pairs = zip(found, ctx.types, strict=True)
+        return *(None if one is None else one.to(dtype) for one, dtype in pairs), None, None
 
 
 def weight_gradient(

@@ -11,6 +11,7 @@ Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,27 +85,27 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         dtype, kernel = multiplied_in(x, weight), weight.shape[2]
         multiplied = cast(weight, dtype)
-        rows = unfold(x, kernel, stride, padding, dtype)
+        windows = unfold(x, kernel, stride, padding, dtype)
         matrix = multiplied.flatten(1).t()
-        product = rows @ matrix if bias is None else torch.addmm(cast(bias, dtype), rows, matrix)  # (B T', C')
-        ctx.save_for_backward(x, multiplied)
-        ctx.types, ctx.window = (weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
+        product = windows @ matrix if bias is None else torch.addmm(cast(bias, dtype), windows, matrix)  # (B T', C')
+        ctx.save_for_backward(windows, multiplied)
+        ctx.types, ctx.window = (x.dtype, weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
+        ctx.rows, ctx.steps = len(x), x.shape[2]
         return product.view(len(x), -1, len(weight)).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
+        (windows, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], 1, 1, 0, weight.dtype)  # (B T', C')
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            windows = gradient @ weight.flatten(1)
-            by_x = fold(windows, len(x), x.shape[2], kernel, stride, padding, dtype=x.dtype)
+            spread = gradient @ weight.flatten(1)
+            by_x = fold(spread, ctx.rows, ctx.steps, kernel, stride, padding, dtype=ctx.types[0])
         if ctx.needs_input_grad[1]:
-            windows = unfold(x, kernel, stride, padding, weight.dtype)
-            by_weight = multiply_into(gradient.t(), windows, ctx.types[0]).view_as(weight)
+            by_weight = multiply_into(gradient.t(), windows, ctx.types[1]).view_as(weight)
         if ctx.needs_input_grad[2]:
-            [by_bias] = add_rows(gradient[None], ctx.types[1])
+            [by_bias] = add_rows(gradient[None], ctx.types[2])
         return by_x, by_weight, by_bias, None, None
 
 
@@ -195,6 +196,32 @@ class _Block(torch.autograd.Function):
         return by_x.transpose(1, 2), *(by_start or [None]), by_weight, by_bias, by_film, by_residual, None, None
 
 
+class _Films(torch.autograd.Function):
+    """Do what linear layers of one input do, (B, C) to (B, C1 + C2 + ...), as one product: weights, then biases."""
+
+    @staticmethod
+    def forward(ctx: Any, cond: Tensor, *numbers: Tensor) -> Tensor:
+        weights, biases = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        dtype, sizes = multiplied_in(cond, weights[0]), [len(weight) for weight in weights]
+        matrix = torch.empty((sum(sizes), cond.shape[1]), dtype=dtype, device=cond.device)
+        summands = torch.empty(sum(sizes), dtype=dtype, device=cond.device)
+        torch._foreach_copy_(matrix.split(sizes), weights)
+        torch._foreach_copy_(summands.split(sizes), biases)
+        seen = cond.to(dtype)
+        ctx.save_for_backward(seen, matrix)
+        ctx.types, ctx.sizes = (cond.dtype, weights[0].dtype), sizes
+        return torch.addmm(summands, seen, matrix.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (cond, matrix), (cond_dtype, dtype) = ctx.saved_tensors, ctx.types
+        gradient = gradients[0].to(matrix.dtype)
+        by_cond = multiply_into(gradient, matrix, cond_dtype) if ctx.needs_input_grad[0] else None
+        by_weights = multiply_into(gradient.t(), cond, dtype).split(ctx.sizes)
+        return by_cond, *by_weights, *add_rows(gradient[None], dtype)[0].split(ctx.sizes)
+
+
 def tile(steps: int, size: int) -> dict[str, int]:
     """Return what a program holds of a group, and how many warps share the work."""
     held = {"STEPS": triton.next_power_of_2(steps), "CHANNELS": triton.next_power_of_2(size)}
@@ -223,6 +250,12 @@ def _convolve(layer: nn.Conv1d, x: Tensor, bias: Tensor | None) -> Tensor:
     windows = unfold(x, weight.shape[2], stride, padding, dtype)
     product = few.multiply(windows, cast(weight, dtype).flatten(1), None if bias is None else cast(bias, dtype))
     return product.view(len(x), steps, -1).transpose(1, 2)
+
+
+def films(layers: Sequence[nn.Linear], cond: Tensor) -> tuple[Tensor, ...]:
+    """Do what linear layers of one input do: (B, C) to (B, C'), each its own C'."""
+    numbers = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+    return _Films.apply(cond, *numbers).split([layer.out_features for layer in layers], dim=1)
 
 
 def convolve_transposed(layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,9 @@ from getiaction.errors import first_line
 from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
+ALIGNED = 64  # numbers, at whose multiples each weight begins that is cast among others
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
-TRIALS = ((20, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
+TRIALS = ((28, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
 """What is compared at the first use: a picture's side, its type, whether something is added, how close it must be."""
 _FOUND: dict[Callable[[], ModuleType], ModuleType | None] = {}
 _CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
@@ -103,30 +105,37 @@ def _try_sequences() -> ModuleType:
 def _try_pictures() -> ModuleType:
     from getiaction.policy.fast import fused_pictures
 
-    compare(fused_pictures.normalise, torch.device("cuda"))
+    compare(fused_pictures, torch.device("cuda"))
     return fused_pictures
 
 
-def compare(normalise: Callable[..., Tensor], device: torch.device) -> None:
+def compare(kernels: Any, device: torch.device) -> None:
     """Compare what lies between two convolutions, and its gradients, with PyTorch's.
 
     Raises:
         ArithmeticError: they are not the same to rounding (TF32 does not matter here).
     """
-    norm = nn.GroupNorm(2, 32, device=device)
+    norm, pooling = nn.GroupNorm(2, 32, device=device), nn.MaxPool2d(3, 2, 1)
     for side, dtype, adds, close in TRIALS:
         wave = torch.arange(2 * 32 * side * side, device=device).float().view(2, 32, side, side).sin()
         x = wave.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-        inputs = [x, norm.weight, norm.bias]
-        ours = normalise(norm, x, residual=2 * x if adds else None, rectify=True).float()
-        theirs = (norm(x.float()) + (2 * x.float() if adds else 0)).relu()
-        pairs = zip(
-            (ours, *torch.autograd.grad((ours * wave).sum(), inputs)),
-            (theirs, *torch.autograd.grad((theirs * wave).sum(), inputs)),
-            strict=True,
-        )
-        if not all(torch.allclose(one.float(), other.float(), rtol=close, atol=close) for one, other in pairs):
-            raise ArithmeticError(f"they compute something else for {side}x{side} places in {dtype}")
+        theirs = norm(x.float())
+        trials = {
+            "one after the other": (kernels.normalise(norm, x, rectify=True), theirs.relu()),
+            "pooled": (sum(kernels.normalise_and_pool(norm, pooling, x)), 2 * pooling(theirs.relu())),
+        }
+        if adds:
+            both = kernels.branch(norm, x, 2 * x)
+            trials["added"] = (both[0] + both[1], 2 * (theirs + 2 * x.float()).relu())
+        for name, (one, other) in trials.items():
+            weights, inputs = wave[:, :, : one.shape[2], : one.shape[3]], [x, norm.weight, norm.bias]
+            pairs = zip(
+                (one, *torch.autograd.grad((one.float() * weights).sum(), inputs, retain_graph=True)),
+                (other, *torch.autograd.grad((other.float() * weights).sum(), inputs, retain_graph=True)),
+                strict=True,
+            )
+            if not all(torch.allclose(ours.float(), exact.float(), rtol=close, atol=close) for ours, exact in pairs):
+                raise ArithmeticError(f"they compute something else for {side}x{side} places, {name}, in {dtype}")
 
 
 @contextlib.contextmanager
@@ -137,6 +146,42 @@ def cast_once() -> Iterator[None]:
         yield
     finally:
         _CASTS.reset(token)
+
+
+@contextlib.contextmanager
+def cast_ahead(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let `cast` find the convolutions' weights below `module`, cast in one go: a training step under autocast, say.
+
+    Each on its own takes a kernel, and more time to launch than to run.
+    """
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not learns or device.type != "cuda" or not torch.is_autocast_enabled("cuda") or find_kernels() is None:
+        yield
+        return
+    token = _CASTS.set(cast_all(convolved_by(module), torch.get_autocast_dtype("cuda")))
+    try:
+        yield
+    finally:
+        _CASTS.reset(token)
+
+
+def convolved_by(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of the convolutions below `module` that do not use the library: those that call `cast`."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d)]
+    own = [layer for layer in layers if not getattr(layer, "by_library", True)]
+    return [weight for layer in own for weight in layer.parameters()]
+
+
+def cast_all(weights: list[nn.Parameter], dtype: torch.dtype) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
+    """Cast weights into one piece of memory; return what `cast` looks up."""
+    taken = [one for one in weights if one.dtype != dtype and torch.ops.aten.is_non_overlapping_and_dense(one)]
+    begins = list(accumulate((-(-one.numel() // ALIGNED) * ALIGNED for one in taken), initial=0))
+    if not taken:
+        return {}
+    memory = torch.empty(begins[-1], dtype=dtype, device=taken[0].device)
+    places = [memory.as_strided(one.shape, one.stride(), begin) for one, begin in zip(taken, begins, strict=False)]
+    torch._foreach_copy_(places, [one.detach() for one in taken])
+    return {(id(one), dtype): (one, place) for one, place in zip(taken, places, strict=True)}
 
 
 def multiplied_in(x: Tensor, weight: Tensor) -> torch.dtype:

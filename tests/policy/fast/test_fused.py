@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch.nn import functional
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
 from getiaction.policy.fast import convolution
 from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
-from getiaction.policy.fast.kernels import compare
+from getiaction.policy.fast.kernels import cast_all, compare, convolved_by
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -58,15 +58,17 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     sides |= {"LAST": True}
     compile_kernel(kernels.unfold_picture_kernel, ("x", "out"), sides)
     kernels = importlib.import_module("getiaction.policy.fast.fused_picture_kernels")
-    group = {"ADDS": True, "RECTIFIES": True, "PLACES": 256, "CHANNELS": 16}
-    forwards = ("x", "weight", "bias", "residual", "out", "statistics")
-    backwards = ("x", "weight", "bias", "out", "statistics", "gradient", "by_x", "by_residual", "by_affine")
-    for changed in ({}, {"ADDS": False, "PLACES": 16}):
-        compile_kernel(kernels.norm_kernel, forwards, group | changed)
-        compile_kernel(kernels.norm_backward_kernel, backwards, group | changed)
-    pooling = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "BLOCK": 1024}
-    compile_kernel(kernels.pool_kernel, ("x", "out"), pooling, taken="*i8")
-    compile_kernel(kernels.pool_backward_kernel, ("gradient", "by_x"), pooling, taken="*i8")
+    group = {"ADDS": True, "RECTIFIES": True, "WHOLE": True, "PLACES": 512, "CHANNELS": 16}
+    affine = ("x", "weight", "bias", "out", "statistics")
+    backwards = (*affine, "gradient", "beside", "by_x", "by_residual", "by_affine")
+    half = {"x": "*bf16", "narrow": "*bf16", "beside": "*bf16", "by_x": "*bf16"}
+    for changed in ({}, {"ADDS": False, "WHOLE": False}):
+        compile_kernel(kernels.norm_kernel, (*affine, "residual"), group | changed | {"BRANCHES": True}, **half)
+        compile_kernel(kernels.norm_backward_kernel, backwards, group | changed | {"JOINS": True}, **half)
+    pooling = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "PLACES": 128, "CHANNELS": 16}
+    others = {**half, "taken": "*i8"}
+    compile_kernel(kernels.pool_kernel, affine, pooling | {"BRANCHES": True}, **others)
+    compile_kernel(kernels.pool_backward_kernel, backwards, pooling | {"JOINS": True}, **others)
 
 
 def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any], **others: str) -> None:
@@ -92,6 +94,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
 
     if INTERPRETED:
         monkeypatch.setattr(encoder, "picture_kernels_for", find)
+        monkeypatch.setattr(convolution, "learns_under_autocast", lambda *_: torch.is_autocast_enabled("cpu"))
     return kernels
 
 
@@ -118,6 +121,11 @@ def drawn(*shape: int, grad: bool = True) -> Tensor:
 def gradients(result: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the gradients of a weighted sum of a result."""
     return torch.autograd.grad((result.float() * drawn(*result.shape, grad=False)).sum(), inputs)
+
+
+def is_rounded(x: Tensor, narrow: Tensor) -> bool:
+    """Tell whether these are the same numbers, rounded; Triton's interpreter cuts off instead."""
+    return torch.equal(x.to(narrow.dtype), narrow) if ON_GPU else torch.allclose(x, narrow.float(), rtol=2**-7)
 
 
 def check(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], close: float = 1e-5) -> None:
@@ -259,6 +267,44 @@ def test_hooks_are_called(fused: ModuleType) -> None:
     assert called
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_films_as_one_product(fused: ModuleType, precision: torch.dtype | None) -> None:
+    layers, cond = nn.ModuleList(nn.Linear(6, size) for size in (8, 4, 12)).to(DEVICE), drawn(3, 6)
+    with torch.autocast(DEVICE, precision, enabled=precision is not None):
+        found = fused.films(layers, cond)
+    assert [one.shape for one in found] == [(3, 8), (3, 4), (3, 12)]
+    weights = list(layers.parameters())
+    wanted = torch.cat([layer(cond) for layer in layers], dim=1)
+    check(torch.cat(found, dim=1), wanted, [cond, *weights], 1e-5 if precision is None else 2e-2)
+    sum(one.float().sum() for one in fused.films(layers, cond)).backward()
+    assert all(weight.grad.is_contiguous() and weight.grad.dtype == torch.float32 for weight in weights)
+
+
+def test_who_listens_to_a_film_layer_is_called(fused: ModuleType) -> None:
+    network = ConditionalUnet1d(action_dim=2, cond_dim=6, down_dims=(16, 32)).to(DEVICE)
+    inputs, called = (drawn(1, 4, 2), torch.tensor([5], device=DEVICE), drawn(1, 6)), []
+    wanted = network(*inputs)
+    network.mid_modules[0].cond_encoder[1].register_forward_hook(lambda *_: called.append(1))
+    assert torch.allclose(network(*inputs), wanted, atol=1e-5)
+    assert called
+
+
+def test_weights_that_are_cast_together(fused: ModuleType) -> None:
+    network = nn.Sequential(Conv2d(3, 5, 3), Conv1d(4, 6, 3), nn.Linear(3, 3), Conv1d(4, 6, 1)).to(DEVICE)
+    network[0].to(memory_format=torch.channels_last)
+    network[3].by_library = True
+    weights = convolved_by(network)
+    assert [id(one) for one in weights] == [id(one) for layer in network[:2] for one in layer.parameters()]
+    made = cast_all(weights, torch.bfloat16)
+    for weight in weights:
+        kept, cast = made[id(weight), torch.bfloat16]
+        assert kept is weight
+        assert torch.equal(cast, weight.bfloat16())
+        assert cast.stride() == weight.stride()
+        assert cast.data_ptr() % 16 == 0
+    assert cast_all(weights, torch.float32) == {}
+
+
 @pytest.mark.parametrize(("scales", "precision"), [(True, torch.bfloat16), (False, None)])
 def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype | None) -> None:
     torch.manual_seed(0)
@@ -319,27 +365,61 @@ def test_what_follows_a_convolution_of_pictures(
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
 def test_max_pooling(pictures: ModuleType, kernel: int, stride: int, padding: int) -> None:
-    layer, x = nn.MaxPool2d(kernel, stride, padding), drawn(2, 5, 9, 6, grad=False)
-    lying = functional.relu(x - 0.5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    found = pictures.pool(layer, lying)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert "Pool" in found.grad_fn.name()
-    assert "max_pool" not in found.grad_fn.name().lower()
-    check(found, layer(lying), [lying], 1e-6)  # many are equal: both take the first
-    half = lying.detach().bfloat16()
-    assert torch.equal(pictures.pool(layer, half), layer(half))
+    norm, layer = nn.GroupNorm(2, 10).to(DEVICE), nn.MaxPool2d(kernel, stride, padding)
+    nn.init.normal_(norm.weight)  # some below zero
+    nn.init.normal_(norm.bias)
+    lying = drawn(2, 10, 9, 6, grad=False).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept, seen = pictures.normalise_and_pool(norm, layer, lying)
+    assert "NormAndPool" in kept.grad_fn.name()
+    assert torch.equal(kept, seen)
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in (kept, seen))
+    wanted = layer(functional.relu(norm(lying)))
+    check(kept + 2 * seen, 3 * wanted, [lying, *norm.parameters()])
+    alone = pictures.normalise_and_pool(norm, layer, lying)[1]  # the other has no gradient
+    check(alone, layer(functional.relu(norm(lying))), [lying])
     unknown = lying.detach().clone()
     unknown[0, 0, 4, 3] = float("nan")
-    assert torch.equal(pictures.pool(layer, unknown).isnan(), layer(unknown).isnan())
+    found, right = pictures.normalise_and_pool(norm, layer, unknown)[0], layer(functional.relu(norm(unknown)))
+    assert torch.equal(found.isnan(), right.isnan())
+    assert found.isnan().any()
+
+
+def test_max_pooling_under_autocast(pictures: ModuleType) -> None:
+    norm, layer = nn.GroupNorm(1, 16).to(DEVICE), nn.MaxPool2d(3, 2, 1)
+    x = drawn(2, 16, 16, 16)  # more than a program holds
+    lying = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        kept, seen = pictures.normalise_and_pool(norm, layer, lying)
+    assert (kept.dtype, seen.dtype) == (torch.float32, torch.bfloat16)
+    assert is_rounded(kept, seen)
+    exact = layer(functional.relu(norm(lying.float())))
+    assert torch.allclose(kept, exact, atol=1e-5)
+    check(kept + seen, 2 * exact, [x, norm.weight], 1e-2)
 
 
 def test_other_poolings_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_Pool", None)
-    x = drawn(1, 4, 8, 8)
+    monkeypatch.setattr(pictures, "_NormAndPool", None)
+    norm, x = nn.GroupNorm(2, 4).to(DEVICE), drawn(1, 4, 8, 8)
     lying = x.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(pictures.pool(nn.MaxPool2d(3, 2, 1), x), nn.MaxPool2d(3, 2, 1)(x))
-    for layer in (nn.MaxPool2d(3, dilation=2), nn.MaxPool2d((3, 2)), nn.MaxPool2d(3, 2, ceil_mode=True)):
-        assert torch.equal(pictures.pool(layer, lying), layer(lying))
+    layers = (nn.MaxPool2d(3, dilation=2), nn.MaxPool2d((3, 2)), nn.MaxPool2d(3, 2, ceil_mode=True))
+    for given, layer in ((x, nn.MaxPool2d(3, 2, 1)), *((lying, layer) for layer in layers)):
+        found = pictures.normalise_and_pool(norm, layer, given)[1]
+        assert torch.allclose(found, layer(functional.relu(norm(given))), atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "precision"), [(6, None), (24, None), (6, torch.bfloat16)])
+def test_what_goes_two_ways(pictures: ModuleType, side: int, precision: torch.dtype | None) -> None:
+    norm, x, residual = nn.GroupNorm(1, 24).to(DEVICE), drawn(2, 24, side, side), drawn(2, 24, side, side)
+    lying = x.to(precision or torch.float32).contiguous(memory_format=torch.channels_last)
+    for first, second, inputs in ((1, 2, [x, residual, *norm.parameters()]), (1, 0, [x, residual])):
+        with torch.autocast(DEVICE, precision, enabled=precision is not None):
+            kept, seen = pictures.branch(norm, lying, residual)
+        assert (kept.dtype, seen.dtype) == (torch.float32, precision or torch.float32)
+        assert is_rounded(kept, seen)
+        wanted = (first + second) * functional.relu(norm(x.to(lying.dtype).float()) + residual)
+        found = first * kept + second * seen if second else kept
+        check(found, wanted, inputs, 1e-5 if precision is None else 1e-2)
+        lying = x.to(lying.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(3, 64, 40), (1, 700, 20), (2, 1, 5)])
@@ -426,12 +506,18 @@ def test_pure_bf16_stays_bf16(pictures: ModuleType) -> None:
     assert found.dtype == torch.bfloat16
     with torch.autocast(DEVICE, torch.bfloat16):
         assert pictures.normalise(norm, lying).dtype == torch.float32
-        assert pictures.normalise(norm, lying, only_convolved=True).dtype == torch.bfloat16
+        assert pictures.normalise_between(norm, lying).dtype == torch.bfloat16
     exact = functional.relu(functional.group_norm(lying.float(), 2) + lying.float())
     check(found, exact, [x, norm.weight][:1], 2e-2)
 
 
 def test_kernels_that_compute_something_else_are_noticed(pictures: ModuleType) -> None:
-    compare(pictures.normalise, torch.device(DEVICE))
-    with pytest.raises(ArithmeticError):
-        compare(lambda norm, x, **_: norm(x).relu(), torch.device(DEVICE))
+    compare(pictures, torch.device(DEVICE))
+    for name, wrong in {
+        "normalise": lambda norm, x, **_: norm(x),
+        "branch": lambda norm, x, residual: (norm(x).relu(), norm(x).relu()),
+        "normalise_and_pool": lambda norm, pooling, x: (pooling(norm(x)), pooling(norm(x))),
+    }.items():
+        own = SimpleNamespace(**vars(pictures) | {name: wrong})
+        with pytest.raises(ArithmeticError):
+            compare(own, torch.device(DEVICE))
