@@ -2,8 +2,8 @@
 
 A section of `benchmarks.gpu`. Both start from the same weights, with the same data, batch and precision, each with its
 own loader; LeRobot goes first, so that nothing that ours asks of the process is there yet. Rates are medians after
-warm-up of what each reports, waiting for data included: LeRobot's of each step, in all of which it waits for the loss;
-ours of ten steps, since it waits for losses only to log them, every 50 steps if nobody says otherwise.
+warm-up of what each reports, waiting for data included: LeRobot's of each step, in all of which it waits for the loss
+whether it logs it or not; ours of 50 steps, after which it logs, and waits for losses, if nobody says otherwise.
 `benchmarks.train` gives each a process of its own.
 """
 
@@ -29,7 +29,7 @@ from getiaction.config.compose import compose
 from getiaction.training.metrics import read_metrics
 
 WARM_UP = 0.34  # of the steps
-OURS = ("training.max_steps=100", "training.log_every=10")  # more steps: they are shorter
+OURS = ("training.max_steps=400", "training.log_every=50")  # more steps: they are shorter
 
 
 def measure_lerobot(preset: str, root: Path, start: Path, folder: Path, how: argparse.Namespace) -> dict[str, Any]:

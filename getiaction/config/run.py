@@ -113,10 +113,10 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
     update_in_memory_order(optimizer)
-    if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
-        update_many_at_once(optimizer)
-    lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
+    if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+        update_many_at_once(optimizer, ema.follow(policy, accelerator.device) if ema is not None else None)
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     if config.hardware.compile:
         torch._dynamo.reset()  # what a sweep compiled before would make this run's sizes symbolic, and it slower
         policy.compile(mode=config.hardware.compile_mode)  # in place: the average was copied before, and keys stay

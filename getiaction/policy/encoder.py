@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised pictures, (B, C, h, w) of `input_shape`, into (B, feature_dim)."""
-        kernels = picture_kernels_for(self.backbone, images) if self.norm == "group" else None
+        kernels = picture_kernels_for(self.backbone, images)
         features = self.backbone(images) if kernels is None else kernels.run(self.backbone, images)
         keypoints = self.pool(features)  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))

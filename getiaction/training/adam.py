@@ -2,8 +2,8 @@
 
 PyTorch's fused kernel is launched for some 36 tensors or 320 pieces of 65,536 numbers at a time, too few at once for a
 large GPU: 2.4 TB/s of an H200's 4.3 with 76 million weights, 1.6 with 12. Here a launch takes all pieces of 16 tensors,
-of 2,048 numbers each. The formula is PyTorch's, and so is what the optimiser holds between steps; it is rounded
-otherwise. Measured and predicted: benchmarks/NOTES.md.
+of 2,048 numbers each, and takes the new weights into their average while it has them. The formula is PyTorch's, and so
+is what the optimiser holds between steps; it is rounded otherwise. Measured and predicted: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from getiaction.policy.fast.kernels import find_kernels
+from getiaction.training.ema import Followed
 
 COUNT = 16  # tensors of a launch
 BLOCK = 2048  # numbers of a program
@@ -26,8 +27,10 @@ PLAIN = ("amsgrad", "maximize", "differentiable")  # what the kernel does not do
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def update_many_at_once(optimizer: Optimizer) -> None:
+def update_many_at_once(optimizer: Optimizer, followed: Followed | None = None) -> None:
     """Take the steps of a fused Adam or AdamW by our kernel, on a CUDA GPU where it runs; others are PyTorch's.
+
+    With `followed` each step also averages the weights that the kernel takes.
 
     PyTorch's step, which everything that listens to it sees, finds no weights to update then. It takes, or refuses,
     those that the kernel does not: without a gradient, of another type, or lying otherwise than what belongs to them;
@@ -41,13 +44,15 @@ def update_many_at_once(optimizer: Optimizer) -> None:
 
     def enter(optimizer: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         leave()  # what a step that raised left undone
+        if followed is not None:
+            followed.done.clear()
         if named.get("closure") or any(callable(one) for one in given[1:]) or is_scaled(optimizer):
             return
         try:
             for group in optimizer.param_groups:
                 ours = weights_of(group, optimizer)
                 if ours and (kernel := find_kernel()) is not None:
-                    update(kernel, optimizer, group, ours, lists)
+                    update(kernel, optimizer, group, ours, lists, followed)
                     kept.append((group, group["params"]))
                     taken = set(ours)
                     group["params"] = [weight for weight in group["params"] if weight not in taken]
@@ -133,29 +138,52 @@ class Lists:
 
 
 def update(
-    kernel: ModuleType, optimizer: Optimizer, group: dict[str, Any], weights: list[nn.Parameter], lists: Lists
+    kernel: ModuleType,
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    weights: list[nn.Parameter],
+    lists: Lists,
+    followed: Followed | None,
 ) -> None:
     """Take one step with the weights of a group, whose rate may be a number or a tensor, ()."""
-    rows = [(weight.detach(), gradient_of(weight), state_of(optimizer, weight)) for weight in weights]
-    torch._foreach_add_([state["step"] for _, _, state in rows], 1.0)
+    states = [state_of(optimizer, weight) for weight in weights]
+    torch._foreach_add_([state["step"] for state in states], 1.0)
     (beta1, beta2), rate, device = group["betas"], group["lr"], weights[0].device
     lr = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
     numbers = (math.log(beta1), math.log(beta2), beta1, beta2, 1 - beta1, 1 - beta2)
-    tables = [(weight, gradient, *(state[name] for name in (*MOMENTS, "step"))) for weight, gradient, state in rows]
-    alike: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
-    for table in tables:
-        alike[is_aligned(*table[:4])].append(table)
-    for aligned, launched in alike.items():
-        for begin in range(0, len(launched), COUNT):
-            some = launched[begin : begin + COUNT]
+    share = lr if followed is None else followed.share
+    launches: dict[tuple[bool, bool], list[tuple[Tensor, ...]]] = {}
+    for weight, state in zip(weights, states, strict=True):
+        average = average_of(weight, followed)
+        table = (weight.detach(), gradient_of(weight), state[MOMENTS[0]], state[MOMENTS[1]])
+        kind = is_aligned(*table, *([] if average is None else [average])), average is not None
+        more = weight.detach() if average is None else average, state["step"]
+        launches.setdefault(kind, []).append((*table, *more))
+    for (aligned, follows), tables in launches.items():
+        for begin in range(0, len(tables), COUNT):
+            some = tables[begin : begin + COUNT]
             ends, sizes, programs = lists.of([table[0] for table in some])
             columns = zip(*some, *some[-1:] * (COUNT - len(some)), strict=True)
             with torch.cuda.device_of(lr):
                 kernel.adam_kernel[(programs,)](
-                    *columns, ends, sizes, lr, *numbers, float(group["eps"]), float(group["weight_decay"]),
-                    ALIGNED=aligned, DECOUPLED=is_decoupled(optimizer, group), COUNT=COUNT, BLOCK=BLOCK, num_warps=4,
+                    *columns, ends, sizes, lr, share, *numbers, float(group["eps"]), float(group["weight_decay"]),
+                    ALIGNED=aligned, DECOUPLED=is_decoupled(optimizer, group), FOLLOWS=follows,
+                    COUNT=COUNT, BLOCK=BLOCK, num_warps=4,
                 )  # fmt: skip
-    torch.autograd.graph.increment_version([*weights, *(state[name] for _, _, state in rows for name in MOMENTS)])
+    changed = [*weights, *(state[name] for state in states for name in MOMENTS)]
+    if followed is not None:
+        taken = [weight for weight in weights if average_of(weight, followed) is not None]
+        followed.done.update(taken)
+        changed += [followed.averages[weight] for weight in taken]
+    torch.autograd.graph.increment_version(changed)
+
+
+def average_of(weight: nn.Parameter, followed: Followed | None) -> Tensor | None:
+    """Return the average of a weight, if the kernel can take it: it lies like the weight."""
+    average = None if followed is None else followed.averages.get(weight)
+    if average is None or (average.dtype, average.device) != (weight.dtype, weight.device):
+        return None
+    return average if lies_as(average, weight) else None
 
 
 def gradient_of(weight: nn.Parameter) -> Tensor:
@@ -165,7 +193,7 @@ def gradient_of(weight: nn.Parameter) -> Tensor:
 
 
 def is_aligned(*there: Tensor) -> bool:
-    """Tell whether four numbers of a weight, and of what belongs to it, can be read at once."""
+    """Tell whether four numbers of a weight, and of all that belongs to it, can be read at once."""
     return there[0].numel() % 4 == 0 and all(one.data_ptr() % 16 == 0 for one in there)
 
 

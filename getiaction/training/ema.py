@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Weights = tuple[list[Tensor], list[Tensor]]
+
+
+@dataclass
+class Followed:
+    """Let an optimiser average the weights that its step updates, since it has them at hand: see `adam.py`.
+
+    Args:
+        averages: of each weight.
+        share: of the new weight in its average, (), where the step reads it.
+        done: the weights that were averaged by the last step.
+    """
+
+    averages: dict[nn.Parameter, Tensor]
+    share: Tensor
+    done: set[nn.Parameter] = field(default_factory=set)
 
 
 class Ema:
@@ -26,6 +43,19 @@ class Ema:
         self.power, self.max_decay = power, max_decay
         self.average = copy.deepcopy(module).eval().requires_grad_(False)
         self._pairs: Pairs | None = None
+        self._followed: Followed | None = None
+
+    def follow(self, module: nn.Module, device: torch.device) -> Followed:
+        """Return what an optimiser needs to average weights itself; `update` then leaves out those that it did."""
+        pairs = zip(module.parameters(), self.average.parameters(), strict=True)
+        averages = {weight: average.detach() for weight, average in pairs}
+        self._followed = Followed(averages, torch.zeros((), device=device))
+        return self._followed
+
+    def prepare(self, step: int) -> None:
+        """Say before optimiser step `step`, counted from 0, how much of the new weights its averages take."""
+        if self._followed is not None:
+            self._followed.share.fill_(1 - self.decay(step))
 
     def decay(self, step: int) -> float:
         """Return the decay of update number `step`, counted from 0."""
@@ -36,7 +66,10 @@ class Ema:
         """Take in the weights after optimiser step `step`, counted from 0."""
         if self._pairs is None or self._pairs.module is not module:
             self._pairs = Pairs(self.average, module)
-        torch._foreach_lerp_(*self._pairs.weights, 1 - self.decay(step))
+        done = self._followed.done if self._followed is not None else set()
+        left = self._pairs.left(done)
+        if left[0]:
+            torch._foreach_lerp_(*left, 1 - self.decay(step))
         for averages, buffers in self._pairs.buffers:
             torch._foreach_copy_(averages, buffers)
 
@@ -50,10 +83,17 @@ class Pairs:
 
     def __init__(self, average: nn.Module, module: nn.Module) -> None:
         self.module = module
-        self.weights: tuple[list[Tensor], list[Tensor]] = list(average.parameters()), list(module.parameters())
+        self.weights: Weights = list(average.parameters()), list(module.parameters())
         kept = [saved_buffers(average), saved_buffers(module)]
         types = {buffer.dtype for buffer in kept[0]}  # one fused copy takes tensors of one type
         self.buffers = [[[one for one in side if one.dtype == dtype] for side in kept] for dtype in types]
+
+    def left(self, done: set[nn.Parameter]) -> Weights:
+        """Return averages and weights, but for those that are done."""
+        if not done:
+            return self.weights
+        pairs = [pair for pair in zip(*self.weights, strict=True) if pair[1] not in done]
+        return [average for average, _ in pairs], [weight for _, weight in pairs]
 
 
 def saved_buffers(module: nn.Module) -> list[Tensor]:

@@ -149,6 +149,8 @@ class Trainer:
             Part(batch, to_device(noise[rows], device), to_device(timesteps[rows], device))
             for batch, rows in zip(batches, share.slices(draws), strict=True)
         ]
+        if self.ema is not None:
+            self.ema.prepare(self.step)
         loss = self.update(parts, weights)
         self.lr_scheduler.step()
         if self.ema is not None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from getiaction.training import adam
 from getiaction.training.adam import update_many_at_once
+from getiaction.training.ema import Ema
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,6 +90,50 @@ def test_steps_are_those_of_pytorch(
         for name, value in entry.items():
             assert torch.allclose(value.cpu(), wanted[number][name].cpu(), rtol=1e-5, atol=1e-7), name
     assert ours.param_groups[0]["params"] == weights[0]
+
+
+def test_steps_average_the_weights_that_they_have(alone: None) -> None:
+    """As if the average was taken after each step: the same to rounding, those without a gradient included."""
+    modules = [nn.Module(), nn.Module()]
+    for module in modules:
+        module.weights = nn.ParameterList(make_weights())
+    averages, optimizers = [Ema(module) for module in modules], []
+    for module, ema in zip(modules, averages, strict=True):
+        optimizers.append(torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True))
+        update_many_at_once(optimizers[-1], ema.follow(module, torch.device(DEVICE)) if ema is averages[0] else None)
+    for number in range(5):
+        for module, ema, optimizer in zip(modules, averages, optimizers, strict=True):
+            weights = list(module.parameters())
+            ema.prepare(number)
+            step(optimizer, weights, number)
+            with torch.no_grad():
+                weights[-1].add_(1.0)  # somebody else's change
+            ema.update(module, number)
+        assert averages[0]._followed is not None
+        assert len(averages[0]._followed.done) == len(weights) - 1
+        pairs = zip(*(ema.average.parameters() for ema in averages), strict=True)
+        assert all(torch.allclose(*pair, rtol=1e-6, atol=1e-7) for pair in pairs)
+        assert (number < 2) == torch.equal(*(next(one.parameters()) for one in (averages[0].average, modules[0])))
+
+
+def test_averages_that_lie_otherwise_are_left_to_pytorch(kernel: ModuleType) -> None:
+    module = nn.Linear(3, 4).to(DEVICE)
+    ema = Ema(module)
+    ema.average.weight.data = ema.average.weight.data.t().contiguous().t()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+    update_many_at_once(optimizer, followed := ema.follow(module, torch.device(DEVICE)))
+    for number in range(4):
+        ema.prepare(number)
+        for weight in module.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert followed.done == {module.bias}
+        before = ema.average.weight.detach().clone()
+        ema.update(module, number)
+        wanted = torch.lerp(before, module.weight.detach(), 1 - ema.decay(number))
+        assert torch.allclose(ema.average.weight, wanted)
+    optimizer.step(lambda: torch.zeros(()))  # PyTorch's
+    assert not followed.done
 
 
 def test_the_first_steps_keep_their_digits(alone: None) -> None:
@@ -209,12 +254,12 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(aligned: bool) -> None:
     from triton.compiler import ASTSource, compile
 
     kernel = importlib.import_module("getiaction.training.adam_kernel").adam_kernel
-    tuples = ("weights", "gradients", "means", "squares", "steps")
-    constants = {"ALIGNED": aligned, "DECOUPLED": True, "COUNT": 3, "BLOCK": 1024}
+    tuples = ("weights", "gradients", "means", "squares", "averages", "steps")
+    constants = {"ALIGNED": aligned, "DECOUPLED": True, "FOLLOWS": True, "COUNT": 3, "BLOCK": 1024}
     types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(tuples, ("*fp32",) * 3)
-    types |= {"ends": "*i32", "sizes": "*i32", "lr": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {"ends": "*i32", "sizes": "*i32", "lr": "*fp32", "share": "*fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
-    attributes = {(i, j): [["tt.divisibility", 16]] for i in range(4) for j in range(3)}
+    attributes = {(i, j): [["tt.divisibility", 16]] for i in range(5) for j in range(3)}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     found = compile(source, target=GPUTarget("cuda", 90, 32)).asm
     assert ("ld.global.v4" in found["ptx"]) is aligned  # four numbers at once

@@ -2,7 +2,7 @@
 
 On a CPU: `convolution` (layers that learn by `taps` where that is faster), `activation` (Mish), and for acting
 `unrolled` (the U-Net as a flat list of calls), with `unroll` and `copies`, which keep what it needs. On a CUDA GPU:
-`kernels` finds `fused` (the U-Net's layers), `fused_pictures` (a ResNet's), `few` (convolutions that see few places)
-and `sums`; `replay` makes a step or a chunk one CUDA graph, `replays` tells which graph a call takes, and `watch`
-notices when none may be.
+`kernels` finds `fused` (the U-Net's layers), `fused_pictures` (a ResNet's, with `fused_stem`, `fused_group_norm`,
+`fused_batch_norm` and `twin`), `few` (convolutions that see few places) and `sums`; `replay` makes a step or a chunk
+one CUDA graph, `replays` tells which graph a call takes, and `watch` notices when none may be.
 """

@@ -59,6 +59,6 @@ class Copies:
 def read_faster_in_columns() -> bool:
     """Tell whether products of a few rows read a matrix faster, (K, C'), than its transpose as PyTorch keeps it.
 
-    Measured on an Intel Xeon only: benchmarks/NOTES.md.
+    An Intel Xeon does, an AMD EPYC does not: benchmarks/NOTES.md.
     """
     return read_cpu("vendor_id") == "GenuineIntel"

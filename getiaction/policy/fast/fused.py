@@ -26,7 +26,7 @@ from getiaction.policy.fast.sums import add_rows
 
 BLOCK = 1024  # numbers that a program copies
 LARGEST = 8192  # numbers of a group that a program holds: 16 for each thread of 16 warps
-NUMBERS_A_WARP = 256
+NUMBERS_A_WARP, NUMBERS_A_WARP_BACKWARDS = 512, 1024  # as measured: warps meet for each sum
 
 
 def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> Tensor:
@@ -189,7 +189,8 @@ class _Block(torch.autograd.Function):
                 steps, size, ctx.eps,
                 0 if film is None else film.stride(0), 0 if by_film is None else by_film.stride(0),
                 gradient.stride(0), gradient.stride(2), gradient.stride(1),
-                STARTS=start is not None, SCALES=scales, SHIFTS=film is not None, **tile(steps, size),
+                STARTS=start is not None, SCALES=scales, SHIFTS=film is not None,
+                **tile(steps, size, NUMBERS_A_WARP_BACKWARDS),
             )  # fmt: skip
         by_weight, by_bias, *by_start = add_rows(by_affine, weight.dtype)
         by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
@@ -222,10 +223,10 @@ class _Films(torch.autograd.Function):
         return by_cond, *by_weights, *add_rows(gradient[None], dtype)[0].split(ctx.sizes)
 
 
-def tile(steps: int, size: int) -> dict[str, int]:
+def tile(steps: int, size: int, numbers_a_warp: int = NUMBERS_A_WARP) -> dict[str, int]:
     """Return what a program holds of a group, and how many warps share the work."""
     held = {"STEPS": triton.next_power_of_2(steps), "CHANNELS": triton.next_power_of_2(size)}
-    return {**held, "num_warps": max(1, min(16, held["STEPS"] * held["CHANNELS"] // NUMBERS_A_WARP))}
+    return {**held, "num_warps": max(1, min(16, held["STEPS"] * held["CHANNELS"] // numbers_a_warp))}
 
 
 def takes(norm: nn.GroupNorm, steps: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -45,7 +46,7 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
     if not lie_last and not (is_ours and few_kernels_for(first, x) is not None):
         return None  # nor will what the convolutions make lie so
     kernels = find_picture_kernels()
-    return kernels if kernels is not None and kernels.takes(backbone) else None
+    return kernels if kernels is not None and kernels.takes(backbone, x.device.type) else None
 
 
 def few_kernels_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
@@ -105,21 +106,23 @@ def _try_sequences() -> ModuleType:
 def _try_pictures() -> ModuleType:
     from getiaction.policy.fast import fused_pictures
 
-    compare(fused_pictures, torch.device("cuda"))
+    device = torch.device("cuda")
+    compare(fused_pictures.fused_group_norm, nn.GroupNorm(2, 32, device=device))
+    compare(fused_pictures.fused_batch_norm, nn.BatchNorm2d(32, device=device))
     return fused_pictures
 
 
-def compare(kernels: Any, device: torch.device) -> None:
+def compare(kernels: Any, norm: nn.GroupNorm | nn.BatchNorm2d) -> None:
     """Compare what lies between two convolutions, and its gradients, with PyTorch's.
 
     Raises:
         ArithmeticError: they are not the same to rounding (TF32 does not matter here).
     """
-    norm, pooling = nn.GroupNorm(2, 32, device=device), nn.MaxPool2d(3, 2, 1)
+    reference, pooling, device = copy.deepcopy(norm), nn.MaxPool2d(3, 2, 1), norm.weight.device
     for side, dtype, adds, close in TRIALS:
         wave = torch.arange(2 * 32 * side * side, device=device).float().view(2, 32, side, side).sin()
         x = wave.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-        theirs = norm(x.float())
+        theirs = reference(x.float())
         trials = {
             "one after the other": (kernels.normalise(norm, x, rectify=True), theirs.relu()),
             "pooled": (sum(kernels.normalise_and_pool(norm, pooling, x)), 2 * pooling(theirs.relu())),
@@ -128,14 +131,17 @@ def compare(kernels: Any, device: torch.device) -> None:
             both = kernels.branch(norm, x, 2 * x)
             trials["added"] = (both[0] + both[1], 2 * (theirs + 2 * x.float()).relu())
         for name, (one, other) in trials.items():
-            weights, inputs = wave[:, :, : one.shape[2], : one.shape[3]], [x, norm.weight, norm.bias]
-            pairs = zip(
-                (one, *torch.autograd.grad((one.float() * weights).sum(), inputs, retain_graph=True)),
-                (other, *torch.autograd.grad((other.float() * weights).sum(), inputs, retain_graph=True)),
-                strict=True,
-            )
+            weights = wave[:, :, : one.shape[2], : one.shape[3]]
+            found = _with_gradients(one, weights, [x, norm.weight, norm.bias])
+            wanted = _with_gradients(other, weights, [x, reference.weight, reference.bias])
+            pairs = zip(found, wanted, strict=True)
             if not all(torch.allclose(ours.float(), exact.float(), rtol=close, atol=close) for ours, exact in pairs):
                 raise ArithmeticError(f"they compute something else for {side}x{side} places, {name}, in {dtype}")
+
+
+def _with_gradients(result: Tensor, weights: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return a result, and the gradients of its weighted sum."""
+    return result, *torch.autograd.grad((result.float() * weights).sum(), inputs, retain_graph=True)
 
 
 @contextlib.contextmanager

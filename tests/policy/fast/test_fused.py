@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import subprocess
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
-from getiaction.policy.fast import convolution
+from getiaction.policy.fast import convolution, kernels
 from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
-from getiaction.policy.fast.kernels import cast_all, compare, convolved_by
+from getiaction.policy.fast.kernels import cast_all, convolved_by
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -40,35 +41,52 @@ def test_the_kernels_in_the_interpreter() -> None:
 def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     """The compiler refuses things that the interpreter takes."""
     pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
-    kernels = importlib.import_module("getiaction.policy.fast.fused_kernels")
+    found = importlib.import_module("getiaction.policy.fast.fused_kernels")
     window = {"KERNEL": 5, "STRIDE": 1, "PADDING": 2, "BLOCK": 1024}
     block = {"STARTS": True, "SCALES": True, "SHIFTS": True, "STEPS": 16, "CHANNELS": 64}
-    compile_kernel(kernels.unfold_kernel, ("x", "out"), window)
-    compile_kernel(kernels.fold_kernel, ("windows", "bias", "out"), window | {"BIASED": True})
+    compile_kernel(found.unfold_kernel, ("x", "out"), window)
+    compile_kernel(found.fold_kernel, ("windows", "bias", "out"), window | {"BIASED": True})
     forwards = ("x", "start", "weight", "bias", "scale", "shift", "residual", "out")
-    compile_kernel(kernels.block_kernel, forwards, block | {"ADDS": True})
+    compile_kernel(found.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
-    compile_kernel(kernels.block_backward_kernel, backwards, block)
-    kernels = importlib.import_module("getiaction.policy.fast.sums")
-    compile_kernel(kernels.sum_kernel, ("x", "out"), {"ROWS": 64, "COLUMNS": 32})
-    kernels = importlib.import_module("getiaction.policy.fast.few_kernel")
+    compile_kernel(found.block_backward_kernel, backwards, block)
+    found = importlib.import_module("getiaction.policy.fast.sums")
+    compile_kernel(found.sum_kernel, ("x", "out"), {"ROWS": 64, "COLUMNS": 32})
+    found = importlib.import_module("getiaction.policy.fast.few_kernel")
     product = {"BIASED": True, "COLUMNS": 2, "BLOCK": 512, "UNROLL": 2}
-    compile_kernel(kernels.few_kernel, ("x", "weight", "bias", "out"), product)
+    compile_kernel(found.few_kernel, ("x", "weight", "bias", "out"), product)
     sides = {"HEIGHT": 3, "WIDTH": 3, "STRIDE_Y": 2, "STRIDE_X": 2, "PADDING_Y": 1, "PADDING_X": 1, "BLOCK": 1024}
     sides |= {"LAST": True}
-    compile_kernel(kernels.unfold_picture_kernel, ("x", "out"), sides)
-    kernels = importlib.import_module("getiaction.policy.fast.fused_picture_kernels")
+    compile_kernel(found.unfold_picture_kernel, ("x", "out"), sides)
+    found = importlib.import_module("getiaction.policy.fast.fused_group_norm_kernels")
     group = {"ADDS": True, "RECTIFIES": True, "WHOLE": True, "PLACES": 512, "CHANNELS": 16}
     affine = ("x", "weight", "bias", "out", "statistics")
     backwards = (*affine, "gradient", "beside", "by_x", "by_residual", "by_affine")
     half = {"x": "*bf16", "narrow": "*bf16", "beside": "*bf16", "by_x": "*bf16"}
     for changed in ({}, {"ADDS": False, "WHOLE": False}):
-        compile_kernel(kernels.norm_kernel, (*affine, "residual"), group | changed | {"BRANCHES": True}, **half)
-        compile_kernel(kernels.norm_backward_kernel, backwards, group | changed | {"JOINS": True}, **half)
+        compile_kernel(found.norm_kernel, (*affine, "residual"), group | changed | {"BRANCHES": True}, **half)
+        compile_kernel(found.norm_backward_kernel, backwards, group | changed | {"JOINS": True}, **half)
     pooling = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "PLACES": 128, "CHANNELS": 16}
     others = {**half, "taken": "*i8"}
-    compile_kernel(kernels.pool_kernel, affine, pooling | {"BRANCHES": True}, **others)
-    compile_kernel(kernels.pool_backward_kernel, backwards, pooling | {"JOINS": True}, **others)
+    compile_kernel(found.pool_kernel, affine, pooling | {"BRANCHES": True}, **others)
+    compile_kernel(found.pool_backward_kernel, backwards, pooling | {"JOINS": True}, **others)
+    found = importlib.import_module("getiaction.policy.fast.fused_batch_norm_kernels")
+    rows, half = {"ROWS": 32, "CHANNELS": 64}, {"x": "*bf16", "gradient": "*bf16", "beside": "*bf16", "by_x": "*bf16"}
+    compile_kernel(found.measure_kernel, ("means", "squares"), rows, **half)
+    running = {"batches": "*i64", "momentum": "fp32"}
+    joined = ("means", "squares", "statistics", "running_mean", "running_var")
+    compile_kernel(found.finish_kernel, joined, {"SPLITS": 256, "CHANNELS": 64}, **running)
+    more = {"ADDS": True, "RECTIFIES": True, "JOINS": True}
+    affine = ("weight", "bias", "residual", "out", "statistics", "by_residual", "parts", "sums")
+    for kernel, taken in (
+        (found.normalise_kernel, ("ADDS", "RECTIFIES")),
+        (found.sum_gradients_kernel, ("ADDS", "RECTIFIES", "JOINS")),
+        (found.gradient_kernel, ("RECTIFIES", "JOINS")),
+    ):
+        compile_kernel(kernel, affine, rows | {name: more[name] for name in taken}, **half)
+    found = importlib.import_module("getiaction.policy.fast.fused_stem")
+    folding = {"COLOURS": 3, "DEPTH": 16, "PADDING": 3, "BLOCK": 1024}
+    compile_kernel(found.space_to_depth_kernel, ("x",), folding, out="*bf16")
 
 
 def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any], **others: str) -> None:
@@ -87,15 +105,27 @@ def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     """Return the kernels for pictures, and let encoders use them."""
     if not (ON_GPU or INTERPRETED):
         pytest.skip("see test_the_kernels_in_the_interpreter")
-    kernels = importlib.import_module("getiaction.policy.fast.fused_pictures")
+    found = importlib.import_module("getiaction.policy.fast.fused_pictures")
 
     def find(backbone: Any, x: Tensor) -> ModuleType | None:
-        return None if getattr(backbone, "by_library", False) else kernels
+        return None if getattr(backbone, "by_library", False) else found
 
     if INTERPRETED:
         monkeypatch.setattr(encoder, "picture_kernels_for", find)
         monkeypatch.setattr(convolution, "learns_under_autocast", lambda *_: torch.is_autocast_enabled("cpu"))
-    return kernels
+    return found
+
+
+@pytest.fixture
+def groups(pictures: ModuleType) -> ModuleType:
+    found: ModuleType = pictures.fused_group_norm
+    return found
+
+
+@pytest.fixture
+def batches(pictures: ModuleType) -> ModuleType:
+    found: ModuleType = pictures.fused_batch_norm
+    return found
 
 
 @pytest.fixture
@@ -103,15 +133,15 @@ def fused(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     """Return the kernels, and let every layer use them."""
     if not (ON_GPU or INTERPRETED):
         pytest.skip("see test_the_kernels_in_the_interpreter")
-    kernels = importlib.import_module("getiaction.policy.fast.fused")
+    found = importlib.import_module("getiaction.policy.fast.fused")
 
     def find(layer: Any, x: Tensor) -> ModuleType | None:
-        return None if layer.by_library or x.ndim != 3 else kernels
+        return None if layer.by_library or x.ndim != 3 else found
 
     if INTERPRETED:
         monkeypatch.setattr(convolution, "kernels_for", find)
         monkeypatch.setattr(unet, "kernels_for", find)
-    return kernels
+    return found
 
 
 def drawn(*shape: int, grad: bool = True) -> Tensor:
@@ -344,52 +374,52 @@ def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
 @pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "channels", "groups", "height", "width"),
+    ("rows", "channels", "count", "height", "width"),
     [(2, 32, 2, 5, 4), (1, 16, 1, 20, 15), (2, 24, 2, 3, 3), (1, 32, 2, 1, 1), (1, 4, 1, 40, 31)],
 )
 def test_what_follows_a_convolution_of_pictures(
-    pictures: ModuleType, rows: int, channels: int, groups: int, height: int, width: int, adds: bool, rectify: bool
+    groups: ModuleType, rows: int, channels: int, count: int, height: int, width: int, adds: bool, rectify: bool
 ) -> None:
-    norm = nn.GroupNorm(groups, channels).to(DEVICE)
+    norm = nn.GroupNorm(count, channels).to(DEVICE)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x, residual = drawn(rows, channels, height, width), drawn(rows, channels, height, width + 1)[..., 1:]
     far = (x + 100).contiguous(memory_format=torch.channels_last)  # where a sum of squares alone would lose digits
-    exact = functional.group_norm(far.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    exact = functional.group_norm(far.double(), count, norm.weight.double(), norm.bias.double(), norm.eps)
     wanted = exact + residual if adds else exact
     inputs = [x, *norm.parameters()]
-    found = pictures.normalise(norm, far, residual=residual if adds else None, rectify=rectify)
+    found = groups.normalise(norm, far, residual=residual if adds else None, rectify=rectify)
     assert found.is_contiguous(memory_format=torch.channels_last)
     check(found, functional.relu(wanted) if rectify else wanted, inputs, 1e-4)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
-def test_max_pooling(pictures: ModuleType, kernel: int, stride: int, padding: int) -> None:
+def test_max_pooling(groups: ModuleType, kernel: int, stride: int, padding: int) -> None:
     norm, layer = nn.GroupNorm(2, 10).to(DEVICE), nn.MaxPool2d(kernel, stride, padding)
     nn.init.normal_(norm.weight)  # some below zero
     nn.init.normal_(norm.bias)
     lying = drawn(2, 10, 9, 6, grad=False).contiguous(memory_format=torch.channels_last).requires_grad_()
-    kept, seen = pictures.normalise_and_pool(norm, layer, lying)
+    kept, seen = groups.normalise_and_pool(norm, layer, lying)
     assert "NormAndPool" in kept.grad_fn.name()
     assert torch.equal(kept, seen)
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in (kept, seen))
     wanted = layer(functional.relu(norm(lying)))
     check(kept + 2 * seen, 3 * wanted, [lying, *norm.parameters()])
-    alone = pictures.normalise_and_pool(norm, layer, lying)[1]  # the other has no gradient
+    alone = groups.normalise_and_pool(norm, layer, lying)[1]  # the other has no gradient
     check(alone, layer(functional.relu(norm(lying))), [lying])
     unknown = lying.detach().clone()
     unknown[0, 0, 4, 3] = float("nan")
-    found, right = pictures.normalise_and_pool(norm, layer, unknown)[0], layer(functional.relu(norm(unknown)))
+    found, right = groups.normalise_and_pool(norm, layer, unknown)[0], layer(functional.relu(norm(unknown)))
     assert torch.equal(found.isnan(), right.isnan())
     assert found.isnan().any()
 
 
-def test_max_pooling_under_autocast(pictures: ModuleType) -> None:
+def test_max_pooling_under_autocast(groups: ModuleType) -> None:
     norm, layer = nn.GroupNorm(1, 16).to(DEVICE), nn.MaxPool2d(3, 2, 1)
     x = drawn(2, 16, 16, 16)  # more than a program holds
     lying = x.bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.autocast(DEVICE, torch.bfloat16):
-        kept, seen = pictures.normalise_and_pool(norm, layer, lying)
+        kept, seen = groups.normalise_and_pool(norm, layer, lying)
     assert (kept.dtype, seen.dtype) == (torch.float32, torch.bfloat16)
     assert is_rounded(kept, seen)
     exact = layer(functional.relu(norm(lying.float())))
@@ -397,23 +427,53 @@ def test_max_pooling_under_autocast(pictures: ModuleType) -> None:
     check(kept + seen, 2 * exact, [x, norm.weight], 1e-2)
 
 
-def test_other_poolings_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_NormAndPool", None)
+def test_other_poolings_are_left_to_pytorch(groups: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_NormAndPool", None)
     norm, x = nn.GroupNorm(2, 4).to(DEVICE), drawn(1, 4, 8, 8)
     lying = x.contiguous(memory_format=torch.channels_last)
     layers = (nn.MaxPool2d(3, dilation=2), nn.MaxPool2d((3, 2)), nn.MaxPool2d(3, 2, ceil_mode=True))
     for given, layer in ((x, nn.MaxPool2d(3, 2, 1)), *((lying, layer) for layer in layers)):
-        found = pictures.normalise_and_pool(norm, layer, given)[1]
+        found = groups.normalise_and_pool(norm, layer, given)[1]
         assert torch.allclose(found, layer(functional.relu(norm(given))), atol=1e-6)
 
 
+@pytest.mark.parametrize(("colours", "side", "padding"), [(3, 7, 3), (1, 3, 0), (4, 4, 1), (2, 5, 2)])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_first_convolution(
+    pictures: ModuleType, colours: int, side: int, padding: int, precision: torch.dtype | None
+) -> None:
+    layer = Conv2d(colours, 8, side, 2, padding, bias=False).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = drawn(2, colours, 11, 14, grad=False)
+    with torch.autocast(DEVICE, precision, enabled=precision is not None):
+        found = pictures.convolve_first(layer, x)
+    assert "Stem" in found.grad_fn.name()
+    assert found.dtype == (precision or torch.float32)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    check(found, nn.Conv2d.forward(layer, x), [layer.weight], 1e-5 if precision is None else 2e-2)
+    pictures.convolve_first(layer, x.transpose(2, 3)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+def test_other_first_convolutions_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getiaction.policy.fast.fused_stem._Stem", None)
+    sizes = ((3, 1, 1), ((3, 5), 2, 1), (3, 2, (1, 0)), (3, (2, 1), 1))
+    for layer in (*(Conv2d(3, 4, *one, bias=False) for one in sizes), Conv2d(3, 4, 3, 2, 1), Conv2d(6, 4, 3, 2)):
+        x = drawn(1, layer.in_channels, 8, 8, grad=False)
+        assert pictures.convolve_first(layer.to(DEVICE), x).shape == layer(x).shape
+    layer, x = Conv2d(3, 4, 3, 2, 1, bias=False).to(DEVICE), drawn(1, 3, 8, 8)
+    check(pictures.convolve_first(layer, x), nn.Conv2d.forward(layer, x), [x, layer.weight])
+    with torch.no_grad():
+        pictures.convolve_first(layer, x)
+
+
 @pytest.mark.parametrize(("side", "precision"), [(6, None), (24, None), (6, torch.bfloat16)])
-def test_what_goes_two_ways(pictures: ModuleType, side: int, precision: torch.dtype | None) -> None:
+def test_what_goes_two_ways(groups: ModuleType, side: int, precision: torch.dtype | None) -> None:
     norm, x, residual = nn.GroupNorm(1, 24).to(DEVICE), drawn(2, 24, side, side), drawn(2, 24, side, side)
     lying = x.to(precision or torch.float32).contiguous(memory_format=torch.channels_last)
     for first, second, inputs in ((1, 2, [x, residual, *norm.parameters()]), (1, 0, [x, residual])):
         with torch.autocast(DEVICE, precision, enabled=precision is not None):
-            kept, seen = pictures.branch(norm, lying, residual)
+            kept, seen = groups.branch(norm, lying, residual)
         assert (kept.dtype, seen.dtype) == (torch.float32, precision or torch.float32)
         assert is_rounded(kept, seen)
         wanted = (first + second) * functional.relu(norm(x.to(lying.dtype).float()) + residual)
@@ -431,28 +491,34 @@ def test_sums_over_rows(fused: ModuleType, count: int, rows: int, columns: int) 
     assert torch.allclose(half.float(), tables.bfloat16().float().sum(1), rtol=1e-2, atol=1e-2)
 
 
-def test_the_gradient_of_what_is_added(pictures: ModuleType) -> None:
+def test_the_gradient_of_what_is_added(groups: ModuleType) -> None:
     norm, x, residual = nn.GroupNorm(2, 8).to(DEVICE), drawn(2, 8, 4, 4), drawn(2, 8, 4, 5)[..., :4]
     lying = x.contiguous(memory_format=torch.channels_last)
-    found = pictures.normalise(norm, lying, residual=residual, rectify=True)
+    found = groups.normalise(norm, lying, residual=residual, rectify=True)
     check(found, functional.relu(norm(x) + residual), [residual, x])
 
 
-def test_channels_that_lie_first_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_Norm", None)
+def test_channels_that_lie_first_are_left_to_pytorch(groups: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_Norm", None)
     norm, x = nn.GroupNorm(2, 8).to(DEVICE), drawn(2, 8, 4, 4)
-    check(pictures.normalise(norm, x, residual=2 * x, rectify=True), functional.relu(norm(x) + 2 * x), [x])
-    assert pictures.normalise(norm, x[:0]).shape == (0, 8, 4, 4)
+    check(groups.normalise(norm, x, residual=2 * x, rectify=True), functional.relu(norm(x) + 2 * x), [x])
+    assert groups.normalise(norm, x[:0]).shape == (0, 8, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("resnet", "stages", "precision"), [("resnet18", 2, None), ("resnet18", 1, torch.bfloat16), ("resnet50", 1, None)]
+    ("resnet", "norm", "stages", "precision"),
+    [
+        ("resnet18", "group", 2, None),
+        ("resnet18", "group", 1, torch.bfloat16),
+        ("resnet18", "batch", 2, torch.bfloat16),
+        ("resnet50", "group", 1, None),
+    ],
 )
 def test_the_first_stages_of_a_resnet(
-    pictures: ModuleType, resnet: str, stages: int, precision: torch.dtype | None
+    pictures: ModuleType, resnet: str, norm: str, stages: int, precision: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
-    whole = ImageEncoder((3, 36, 36), resnet=resnet).backbone
+    whole = ImageEncoder((3, 36, 36), resnet=resnet, norm=norm).backbone
     network = whole[: 4 + stages].to(DEVICE, memory_format=torch.channels_last)
     images = drawn(1, 3, 20, 20)
     inputs = [images, *network.parameters()]
@@ -462,7 +528,8 @@ def test_the_first_stages_of_a_resnet(
             result = network(images).float()
         return torch.cat([part.flatten() for part in (result.detach(), *gradients(result, inputs))])
 
-    assert pictures.takes(network)
+    with torch.autocast(DEVICE, precision, enabled=precision is not None):
+        assert pictures.takes(network, DEVICE)
     found = run(lambda images: pictures.run(network, images), precision)
     exact, by_library = run(network, None), run(network, precision)
     apart, usual = (float((one - exact).norm() / exact.norm()) for one in (found, by_library))
@@ -473,7 +540,7 @@ def test_encoders_take_them_unless_told_otherwise(pictures: ModuleType, monkeypa
     called: list[int] = []
     monkeypatch.setattr(pictures, "run", lambda backbone, x: called.append(1) or backbone(x))
     images = drawn(1, 3, 40, 40)
-    for norm, times in (("batch", 0), ("group", 1)):
+    for norm, times in (("batch", 0), ("group", 1)) if ON_GPU else (("group", 1),):
         made = ImageEncoder((3, 40, 40), norm=norm).to(DEVICE, memory_format=torch.channels_last)
         made(images)
         assert len(called) == times
@@ -488,36 +555,102 @@ def test_encoders_take_them_unless_told_otherwise(pictures: ModuleType, monkeypa
 
 
 def test_other_networks_are_left_to_pytorch(pictures: ModuleType) -> None:
-    assert not pictures.takes(ImageEncoder((3, 40, 40), norm="batch").backbone)
+    assert not pictures.takes(ImageEncoder((3, 40, 40), norm="batch").backbone, DEVICE)
     changed = ImageEncoder((3, 40, 40)).backbone
     changed[4][0].bn2 = nn.Identity()
-    assert not pictures.takes(changed)
+    assert not pictures.takes(changed, DEVICE)
     longer = ImageEncoder((3, 40, 40)).backbone.append(nn.Dropout2d())
-    assert not pictures.takes(longer)
+    assert not pictures.takes(longer, DEVICE)
     smooth = ImageEncoder((3, 40, 40)).backbone
     smooth[5][1].relu = nn.SiLU()
-    assert not pictures.takes(smooth)
+    assert not pictures.takes(smooth, DEVICE)
 
 
-def test_pure_bf16_stays_bf16(pictures: ModuleType) -> None:
+def test_pure_bf16_stays_bf16(groups: ModuleType) -> None:
     norm, x = nn.GroupNorm(2, 8).to(DEVICE, torch.bfloat16), drawn(2, 8, 4, 4)
     lying = x.bfloat16().contiguous(memory_format=torch.channels_last)
-    found = pictures.normalise(norm, lying, residual=lying, rectify=True)
+    found = groups.normalise(norm, lying, residual=lying, rectify=True)
     assert found.dtype == torch.bfloat16
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert pictures.normalise(norm, lying).dtype == torch.float32
-        assert pictures.normalise_between(norm, lying).dtype == torch.bfloat16
+        assert groups.normalise(norm, lying).dtype == torch.float32
+        assert groups.normalise_between(norm, lying).dtype == torch.bfloat16
     exact = functional.relu(functional.group_norm(lying.float(), 2) + lying.float())
     check(found, exact, [x, norm.weight][:1], 2e-2)
 
 
-def test_kernels_that_compute_something_else_are_noticed(pictures: ModuleType) -> None:
-    compare(pictures, torch.device(DEVICE))
+def test_kernels_that_compute_something_else_are_noticed(
+    groups: ModuleType, batches: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "TRIALS", ((6, torch.float32, True, 1e-3), (3, torch.bfloat16, False, 5e-2)))
+    own = nn.GroupNorm(2, 32).to(DEVICE), nn.BatchNorm2d(32).to(DEVICE)
+    kernels.compare(groups, own[0])
+    kernels.compare(batches, own[1])
     for name, wrong in {
-        "normalise": lambda norm, x, **_: norm(x),
-        "branch": lambda norm, x, residual: (norm(x).relu(), norm(x).relu()),
-        "normalise_and_pool": lambda norm, pooling, x: (pooling(norm(x)), pooling(norm(x))),
+        "normalise": lambda norm, x, **_: norm(x.float()),
+        "branch": lambda norm, x, residual: (norm(x.float()).relu(), norm(x.float()).relu()),
+        "normalise_and_pool": lambda norm, pooling, x: (pooling(norm(x.float())), pooling(norm(x.float()))),
     }.items():
-        own = SimpleNamespace(**vars(pictures) | {name: wrong})
+        changed = SimpleNamespace(**vars(groups) | {name: wrong})
         with pytest.raises(ArithmeticError):
-            compare(own, torch.device(DEVICE))
+            kernels.compare(changed, own[0])
+
+
+def make_batch_norms(channels: int) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
+    """Return two alike, with weights below zero, and running numbers of their own."""
+    torch.manual_seed(channels)
+    norm = nn.BatchNorm2d(channels, momentum=0.3).to(DEVICE)
+    for numbers in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(numbers)
+    return norm, copy.deepcopy(norm)
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("rows", "channels", "side"), [(2, 40, 5), (3, 8, 11), (1, 130, 2)])
+def test_batch_norm(batches: ModuleType, rows: int, channels: int, side: int, adds: bool, rectify: bool) -> None:
+    ours, norm = make_batch_norms(channels)
+    x, residual = drawn(rows, channels, side, side + 2)[..., 2:], drawn(rows, channels, side, side + 1)[..., 1:]
+    far = (3 * x + 50).contiguous(memory_format=torch.channels_last)
+    found = batches.normalise(ours, far, residual=residual if adds else None, rectify=rectify)
+    own = gradients(found, [x, *ours.parameters()])
+    far = 3 * x + 50
+    assert "BatchNorm" in found.grad_fn.name()
+    assert "Native" not in found.grad_fn.name()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    exact = functional.batch_norm(far.double(), None, None, norm.weight.double(), norm.bias.double(), True)
+    wanted = exact + residual if adds else exact
+    theirs = functional.relu(wanted) if rectify else wanted
+    for one, other in zip((found, *own), (theirs, *gradients(theirs, [x, *norm.parameters()])), strict=True):
+        assert float((one - other).detach().abs().max() / other.detach().abs().max()) < 1e-4
+    norm(far)
+    for name, value in norm.named_buffers():
+        assert torch.allclose(ours.get_buffer(name), value, rtol=1e-4), name
+
+
+def test_batch_norm_for_two_readers(batches: ModuleType) -> None:
+    ours, norm = make_batch_norms(24)
+    x, residual = drawn(2, 24, 6, 6), drawn(2, 24, 6, 6)
+    lying, inputs = x.contiguous(memory_format=torch.channels_last), [x, residual]
+    kept, seen = batches.branch(ours, lying, residual)
+    check(kept + 2 * seen, 3 * functional.relu(norm(lying) + residual), inputs)
+    kept, seen = batches.branch(ours, lying, residual)
+    check(seen, functional.relu(norm(lying) + residual), inputs)
+    half = lying.detach().bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        kept, seen = batches.branch(ours, half, half)
+    assert kept.dtype == seen.dtype == torch.bfloat16
+    wanted = functional.relu(norm(half.float()) + half.float())
+    assert torch.allclose(kept.float(), wanted, rtol=2**-6, atol=1e-2)
+
+
+def test_batch_norms_that_are_left_to_pytorch(batches: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batches.takes(nn.BatchNorm2d(4))
+    others = (nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, track_running_stats=False))
+    assert not any(batches.takes(norm) for norm in (*others, nn.BatchNorm2d(4, momentum=None), nn.SyncBatchNorm(4)))
+    monkeypatch.setattr(batches, "_BatchNorm", None)
+    ours, norm = make_batch_norms(8)
+    x = drawn(2, 8, 4, 4)  # its channels lie first
+    check(batches.normalise(ours, x, residual=2 * x, rectify=True), functional.relu(norm(x) + 2 * x), [x])
+    single = drawn(1, 8, 1, 1).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batches.normalise(ours, single)

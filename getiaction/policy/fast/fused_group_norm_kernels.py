@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernels of `fused_pictures.py`, forwards and backwards: group norm, the addition and the ReLU after it; or
+"""Triton kernels of `fused_group_norm.py`, forwards and backwards: group norm, the addition and the ReLU after it; or
 group norm, ReLU and max pooling.
 """
 
@@ -7,6 +7,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _find_group(groups, size):
+    """Return which picture and group a program has, and all channels.
+
+    Programs of one picture run together: a line of memory holds channels of several groups.
+    """
+    program = tl.program_id(0)
+    return (program // groups).to(tl.int64), program % groups, groups * size
 
 
 @triton.jit
@@ -25,7 +35,7 @@ def _finish(
 
 @triton.jit
 def norm_kernel(
-    x, weight, bias, residual, out, narrow, statistics, places, size, eps,
+    x, weight, bias, residual, out, narrow, statistics, places, groups, size, eps,
     ADDS: tl.constexpr, RECTIFIES: tl.constexpr, BRANCHES: tl.constexpr,
     WHOLE: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -33,14 +43,14 @@ def norm_kernel(
 
     WHOLE: the program holds all of it at a time, and reads it once.
     """
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    row, group, channels = _find_group(groups, size)
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
     channel = group * size + inside
     corner = row * places * channels + channel
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    kept = statistics + 2 * (row * groups + group)
 
     if WHOLE:
         mask, there = (place < places) & known, corner + place * channels
@@ -98,17 +108,17 @@ def _load_gradient(
 
 @triton.jit
 def norm_backward_kernel(
-    x, weight, bias, out, statistics, gradient, beside, by_x, by_residual, by_affine, places, size,
+    x, weight, bias, out, statistics, gradient, beside, by_x, by_residual, by_affine, places, groups, size,
     ADDS: tl.constexpr, RECTIFIES: tl.constexpr, JOINS: tl.constexpr,
     WHOLE: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of `norm_kernel`, for one group of one picture; sums over pictures are left to do."""
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    row, group, channels = _find_group(groups, size)
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
     channel = group * size + inside
     corner = row * places * channels + channel
-    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    kept = statistics + 2 * (row * groups + group)
     mean, rate = tl.load(kept), tl.load(kept + 1)
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
@@ -131,7 +141,7 @@ def norm_backward_kernel(
             result = rate * (found * gain - average - normal * along)
             tl.store(by_x + there, result.to(by_x.dtype.element_ty), mask=mask)
     tl.store(by_affine + each, by_gain, mask=own)
-    tl.store(by_affine + tl.num_programs(0) * channels + each, by_offset, mask=own)
+    tl.store(by_affine + (tl.num_programs(0) // groups) * channels + each, by_offset, mask=own)
 
     if not WHOLE:
         average = tl.sum(by_offset * gains, 0) / (places * size)
@@ -146,7 +156,7 @@ def norm_backward_kernel(
 
 @triton.jit
 def pool_kernel(
-    x, weight, bias, out, narrow, taken, statistics, lines, columns, out_lines, out_columns, size, eps,
+    x, weight, bias, out, narrow, taken, statistics, lines, columns, out_lines, out_columns, groups, size, eps,
     BRANCHES: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +164,7 @@ def pool_kernel(
 
     At which of the window's places it was is kept as well: the first of equal ones, or the last that is no number.
     """
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    row, group, channels = _find_group(groups, size)
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
     channel, places, out_places = group * size + inside, lines * columns, out_lines * out_columns
@@ -163,7 +173,7 @@ def pool_kernel(
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     mean, squares = _measure(x, corner, places, size, channels, place, known, PLACES)
     rate = 1.0 / tl.sqrt(squares / (places * size) + eps)
-    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    kept = statistics + 2 * (row * groups + group)
     tl.store(kept, mean)
     tl.store(kept + 1, rate)
 
@@ -190,17 +200,17 @@ def pool_kernel(
 @triton.jit
 def pool_backward_kernel(
     x, weight, bias, taken, statistics, gradient, beside, by_x, by_affine,
-    lines, columns, out_lines, out_columns, size,
+    lines, columns, out_lines, out_columns, groups, size,
     JOINS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of `pool_kernel`, for one group of one picture; sums over pictures are left to do."""
-    row, group, channels = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1) * size
+    row, group, channels = _find_group(groups, size)
     place, inside = tl.arange(0, PLACES)[:, None], tl.arange(0, CHANNELS)[None, :]
     known = inside < size
     channel, places, out_places = group * size + inside, lines * columns, out_lines * out_columns
     corner, out_corner = row * places * channels + channel, row * out_places * channels + channel
-    kept = statistics + 2 * (row * tl.num_programs(1) + group)
+    kept = statistics + 2 * (row * groups + group)
     mean, rate = tl.load(kept), tl.load(kept + 1)
     gain = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
@@ -222,7 +232,7 @@ def pool_backward_kernel(
         by_offset += tl.sum(found, 0)
         by_gain += tl.sum(found * normal, 0)
     tl.store(by_affine + each, by_gain, mask=own)
-    tl.store(by_affine + tl.num_programs(0) * channels + each, by_offset, mask=own)
+    tl.store(by_affine + (tl.num_programs(0) // groups) * channels + each, by_offset, mask=own)
 
     # the gradients, number by number: each may be the largest of several windows
     average = tl.sum(by_offset * gains, 0) / (places * size)
@@ -232,16 +242,19 @@ def pool_backward_kernel(
         mask, line, column = (number < places) & known, number // columns, number % columns
         value = tl.load(x + corner + number * channels, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros((PLACES, CHANNELS), tl.float32)
-        for down in tl.static_range(KERNEL):
-            for across in tl.static_range(KERNEL):
-                y, z = line + PADDING - down, column + PADDING - across
-                within = mask & (y >= 0) & (y % STRIDE == 0) & (y // STRIDE < out_lines)
-                within = within & (z >= 0) & (z % STRIDE == 0) & (z // STRIDE < out_columns)
-                there = out_corner + ((y // STRIDE) * out_columns + z // STRIDE) * channels
-                mine = within & (tl.load(taken + there, mask=within, other=-1) == down * KERNEL + across)
-                total += tl.load(gradient + there, mask=mine, other=0.0).to(tl.float32)
+        for up in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
+            for left in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
+                y, z = (line + PADDING) // STRIDE - up, (column + PADDING) // STRIDE - left  # a window that may see it
+                down, across = line + PADDING - y * STRIDE, column + PADDING - z * STRIDE
+                within = mask & (y >= 0) & (y < out_lines) & (down < KERNEL)
+                within = within & (z >= 0) & (z < out_columns) & (across < KERNEL)
+                there = out_corner + (y * out_columns + z) * channels
+                # all channels of it are read, side by side, also where another place was larger
+                came = tl.load(gradient + there, mask=within, other=0.0).to(tl.float32)
                 if JOINS:
-                    total += tl.load(beside + there, mask=mine, other=0.0).to(tl.float32)
+                    came += tl.load(beside + there, mask=within, other=0.0).to(tl.float32)
+                tap = tl.load(taken + there, mask=within, other=-1)
+                total += tl.where(tap == down * KERNEL + across, came, 0.0)
         normal = (value - mean) * rate
         found = tl.where(normal * gain + offset > 0.0, total, 0.0)
         result = rate * (found * gain - average - normal * along)
