@@ -23,7 +23,7 @@ from getiaction.interop.lerobot import load_policy, write_policy
 from getiaction.policy import ConditionalUnet1d, DiffusionPolicy, Features, Normalizer
 
 BOUNDED = settings(
-    max_examples=60,
+    max_examples=45,
     derandomize=True,
     deadline=None,
     database=None,

@@ -20,7 +20,7 @@ from getiaction.policy.fast.watch import is_watched
 log = logging.getLogger(__name__)
 ALIGNED = 64  # numbers, at whose multiples each weight begins that is cast among others
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
-TRIALS = ((28, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
+TRIALS = ((24, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
 """What is compared at the first use: a picture's side, its type, whether something is added, how close it must be."""
 _FOUND: dict[Callable[[], ModuleType], ModuleType | None] = {}
 _CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)

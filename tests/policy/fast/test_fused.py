@@ -28,7 +28,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 SMALL: dict[str, Any] = {
     "action_dim": 2,
     "cond_dim": 6,
-    "down_dims": (16, 32),
+    "down_dims": (8, 16),
     "n_groups": 2,
     "kernel_size": 3,
     "diffusion_step_embed_dim": 16,
@@ -194,10 +194,10 @@ def test_convolutions(
     ("rows", "columns", "width", "turned"),
     [
         (4, 6, 40, False),
-        (7, 33, 1100, False),
+        (7, 9, 1100, False),
         (1, 5, 130, True),
         (20, 3, 300, False),
-        (140, 8, 21, False),
+        (140, 3, 21, False),
         (0, 3, 8, False),
     ],
 )
@@ -357,11 +357,11 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
         return [result.detach().float(), *gradients(result, inputs)]
 
     found = run(precision)
-    with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
-        acting = network(noisy, times, cond).float()
+    with torch.no_grad():
+        acting = network(noisy, times, cond)
     use_library(network)
     exact, by_library = run(None), run(precision)
-    assert float((acting - exact[0]).norm()) < (1e-4 if precision is None else 5e-2) * float(exact[0].norm())
+    assert float((acting - exact[0]).norm()) < 1e-4 * float(exact[0].norm())
     if precision is None:
         for number, (one, right) in enumerate(zip(found, exact, strict=True)):
             assert float((one - right).norm() / right.norm()) < 1e-4, number

@@ -68,7 +68,7 @@ class OnGpu:
 
 
 def test_which_pictures_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(takes=lambda backbone: True)
+    found = SimpleNamespace(takes=lambda backbone, device: device == "cuda")
     monkeypatch.setattr(kernels, "find_picture_kernels", lambda: found)
     few: list[Any] = []
     monkeypatch.setattr(kernels, "few_kernels_for", lambda layer, x: few[0] if few else None)
@@ -90,6 +90,16 @@ def test_which_pictures_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> Non
     handle.remove()
     use_library(backbone)
     assert picture_kernels_for(backbone, OnGpu()) is None
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_batch_norm_has_a_trial_of_its_own(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    found = SimpleNamespace(takes=lambda backbone, device: True)
+    monkeypatch.setattr(kernels, "find_picture_kernels", lambda: found)
+    monkeypatch.setattr(kernels, "_FOUND", {kernels._try_batch_norm: kernels if runs else None})
+    assert picture_kernels_for(ImageEncoder((3, 40, 40)).backbone, OnGpu()) is found
+    taken = picture_kernels_for(ImageEncoder((3, 40, 40), norm="batch").backbone, OnGpu())
+    assert taken is (found if runs else None)
 
 
 def test_kernels_that_do_not_run_give_way_with_one_line(
