@@ -28,7 +28,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 SMALL: dict[str, Any] = {
     "action_dim": 2,
     "cond_dim": 6,
-    "down_dims": (8, 16),
+    "down_dims": (16, 32),
     "n_groups": 2,
     "kernel_size": 3,
     "diffusion_step_embed_dim": 16,
