@@ -32,6 +32,7 @@ HELD = 2048  # numbers that a program holds at a time
 WIDE = 64  # channels of a program
 PROGRAMS = 264  # that measure: two for each processor of an H200
 LEAST = 64  # rows of a chunk
+JOINED = 16  # channels of a program that joins all chunks
 LAST = torch.channels_last
 
 
@@ -60,9 +61,9 @@ class _BatchNorm(torch.autograd.Function):
         across = triton.cdiv(channels, tile["CHANNELS"])
         with torch.cuda.device_of(x):
             measure_kernel[splits, across](x, means, squares, rows, channels, chunk, **tile)
-            finish_kernel[(across,)](
+            finish_kernel[(triton.cdiv(channels, JOINED),)](
                 means, squares, statistics, *running, rows, channels, chunk, splits, eps, momentum,
-                SPLITS=triton.next_power_of_2(splits), CHANNELS=tile["CHANNELS"], num_warps=8,
+                SPLITS=triton.next_power_of_2(splits), CHANNELS=JOINED, num_warps=8,
             )  # fmt: skip
             normalise_kernel[triton.cdiv(rows, tile["ROWS"]), across](
                 x, weight, bias, x if around is None else around, out, statistics, rows, channels,
