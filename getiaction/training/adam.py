@@ -183,7 +183,7 @@ def average_of(weight: nn.Parameter, followed: Followed | None) -> Tensor | None
     average = None if followed is None else followed.averages.get(weight)
     if average is None or (average.dtype, average.device) != (weight.dtype, weight.device):
         return None
-    return average if lies_as(average, weight) else None
+    return average.detach() if lies_as(average, weight) else None
 
 
 def gradient_of(weight: nn.Parameter) -> Tensor:

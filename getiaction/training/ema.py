@@ -23,7 +23,7 @@ class Followed:
         done: the weights that were averaged by the last step.
     """
 
-    averages: dict[nn.Parameter, Tensor]
+    averages: dict[nn.Parameter, nn.Parameter]
     share: Tensor
     done: set[nn.Parameter] = field(default_factory=set)
 
@@ -47,8 +47,7 @@ class Ema:
 
     def follow(self, module: nn.Module, device: torch.device) -> Followed:
         """Return what an optimiser needs to average weights itself; `update` then leaves out those that it did."""
-        pairs = zip(module.parameters(), self.average.parameters(), strict=True)
-        averages = {weight: average.detach() for weight, average in pairs}
+        averages = dict(zip(module.parameters(), self.average.parameters(), strict=True))  # wherever these come to lie
         self._followed = Followed(averages, torch.zeros((), device=device))
         return self._followed
 

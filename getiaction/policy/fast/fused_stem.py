@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from getiaction.policy.fast.convolution import is_plain
+from getiaction.policy.fast.convolution import Conv2d, is_plain
 from getiaction.policy.fast.kernels import multiplied_in
 
 BLOCK = 1024  # numbers that a program copies
@@ -30,7 +30,8 @@ def convolve_first(layer: nn.Conv2d, pictures: Tensor) -> Tensor:
     fits = (layer.kernel_size, layer.stride, layer.padding) == ((side, side), (2, 2), (padding, padding))
     learns = torch.is_grad_enabled() and layer.weight.requires_grad and not pictures.requires_grad
     small = layer.in_channels <= MOST_COLOURS and 0 < 8 * pictures.numel() < 2**31
-    if not (fits and learns and small and is_plain(layer) and layer.bias is None and isinstance(padding, int)):
+    plain = type(layer) in (nn.Conv2d, Conv2d) and is_plain(layer) and layer.bias is None and isinstance(padding, int)
+    if not (fits and learns and small and plain):
         return layer(pictures)
     return _Stem.apply(pictures, layer.weight, padding)
 
