@@ -32,7 +32,7 @@ def test_channels_last_in_memory_change_nothing(monkeypatch: pytest.MonkeyPatch,
         found.append([out.detach(), *(weight.grad.clone() for weight in unet.parameters())])
     assert seen == [4, 3]
     for rows, plain in zip(*found, strict=True):
-        torch.testing.assert_close(rows, plain, rtol=1e-4, atol=5e-5)  # 1.2e-5 on an AMD EPYC
+        torch.testing.assert_close(rows, plain, rtol=1e-4, atol=2e-5)  # 1.2e-5 on an AMD EPYC
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

@@ -54,7 +54,7 @@ def test_replayed_steps_are_the_plain_ones(
         trainer.fit()
         kept = trainer.update.replay
         assert (kept is not None and kept.captured) is (name == "replayed" and not plain_only)
-        weights[name] = {key: value.cpu() for key, value in trainer.policy.state_dict().items()}
+        weights[name] = {key: value.cpu() for key, value in weights_of(trainer).items()}
     assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
     for key, value in weights["plain"].items():
         assert torch.allclose(weights["replayed"][key], value, rtol=1e-2, atol=1e-4), key
@@ -115,6 +115,12 @@ def test_a_resumed_run_replays_as_well(tiny: Any, tmp_path: Path) -> None:
     assert trainer.update.replay.captured
 
 
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return a policy's weights, and their averages."""
+    averages = {f"average of {key}": value for key, value in trainer.ema.average.state_dict().items()}
+    return {**trainer.policy.state_dict(), **averages}
+
+
 @pytest.mark.parametrize("on", ["cpu", pytest.param("gpu", marks=needs_gpu)])
 def test_a_trainer_that_goes_back_captures_anew(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: str
@@ -124,11 +130,11 @@ def test_a_trainer_that_goes_back_captures_anew(
     trainer = tiny.trainer(tmp_path, *ON_GPU[1:], f"hardware={on}", "training.save_every=4")
     torch.backends.cudnn.benchmark = False
     trainer.fit()
-    weights = {key: value.clone() for key, value in trainer.policy.state_dict().items()}
+    weights = {key: value.clone() for key, value in weights_of(trainer).items()}
     checkpoint = tmp_path / "checkpoints" / "000004"
     trainer.update.replay = trainer.update.replay or object()  # on a CPU there is none to forget
     resume(trainer, read_state(checkpoint), read_average(checkpoint))
     assert (trainer.step, trainer.update.replay) == (4, None)
     trainer.fit()
-    for key, value in trainer.policy.state_dict().items():
+    for key, value in weights_of(trainer).items():
         assert torch.allclose(weights[key], value, rtol=1e-2, atol=1e-4 if on == "gpu" else 0), key

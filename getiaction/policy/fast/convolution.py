@@ -204,7 +204,7 @@ class _CastConvolution(torch.autograd.Function):
     ) -> Tensor:
         dtype = multiplied_in(x, weight)
         multiplied, summand = cast(weight, dtype), None if bias is None else cast(bias, dtype)
-        last = weight.is_contiguous(memory_format=torch.channels_last)
+        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()  # 1x1 are both
         narrow = x.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
         ctx.save_for_backward(narrow, multiplied)
         ctx.types = x.dtype, weight.dtype, None if bias is None else bias.dtype

@@ -25,7 +25,7 @@ from getiaction.policy.fast.kernels import cast, multiplied_in
 from getiaction.policy.fast.sums import add_rows
 
 BLOCK = 1024  # numbers that a program copies
-LARGEST = 8192  # numbers of a group that a program holds: 16 for each thread of 16 warps
+LARGEST = 8192  # numbers of a group that a program holds: 16 or 32 for each thread
 NUMBERS_A_WARP, NUMBERS_A_WARP_BACKWARDS = 512, 1024  # as measured: warps meet for each sum
 
 

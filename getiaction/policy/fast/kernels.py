@@ -39,6 +39,9 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
         return None
     if getattr(backbone, "by_library", False) or is_watched(*backbone.modules()):
         return None
+    has_batch_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules())
+    if has_batch_norm and not (backbone.training and torch.is_autocast_enabled(x.device.type)):
+        return None
     weight = next(backbone.parameters())
     lie_last = any(one.is_contiguous(memory_format=torch.channels_last) for one in (weight, x))
     first: Any = backbone[0]
@@ -48,7 +51,6 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
     kernels = find_picture_kernels()
     if kernels is None or not kernels.takes(backbone, x.device.type):
         return None
-    has_batch_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules())
     return kernels if not has_batch_norm or _find(_try_batch_norm) is not None else None
 
 

@@ -9,7 +9,10 @@ LAST = torch.channels_last
 
 
 def twin(x: Tensor) -> Tensor:
-    """Return the same numbers, in the same place, as another result for autograd: whose gradient comes on its own."""
+    """Return the same numbers, in the same place, as another result for autograd: whose gradient comes on its own.
+
+    Neither may be changed in place: autograd would not notice what that does to the other.
+    """
     same = torch.empty(0, dtype=x.dtype, device=x.device)
     return same.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 

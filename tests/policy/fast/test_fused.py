@@ -357,11 +357,11 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
         return [result.detach().float(), *gradients(result, inputs)]
 
     found = run(precision)
-    with torch.no_grad():
-        acting = network(noisy, times, cond)
+    with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
+        acting = network(noisy, times, cond).float()
     use_library(network)
     exact, by_library = run(None), run(precision)
-    assert float((acting - exact[0]).norm()) < 1e-4 * float(exact[0].norm())
+    assert float((acting - exact[0]).norm()) < (1e-4 if precision is None else 5e-2) * float(exact[0].norm())
     if precision is None:
         for number, (one, right) in enumerate(zip(found, exact, strict=True)):
             assert float((one - right).norm() / right.norm()) < 1e-4, number
@@ -517,6 +517,7 @@ def test_channels_that_lie_first_are_left_to_pytorch(groups: ModuleType, monkeyp
         ("resnet18", "group", 2, None),
         ("resnet18", "group", 1, torch.bfloat16),
         ("resnet18", "batch", 2, torch.bfloat16),
+        ("resnet18", "batch", 1, None),  # which is not taken, but sharp
         ("resnet50", "group", 1, None),
     ],
 )
@@ -535,7 +536,7 @@ def test_the_first_stages_of_a_resnet(
         return torch.cat([part.flatten() for part in (result.detach(), *gradients(result, inputs))])
 
     with torch.autocast(DEVICE, precision, enabled=precision is not None):
-        assert pictures.takes(network, DEVICE)
+        assert pictures.takes(network, DEVICE) == (norm == "group" or precision is not None)
     found = run(lambda images: pictures.run(network, images), precision)
     exact, by_library = run(network, None), run(network, precision)
     apart, usual = (float((one - exact).norm() / exact.norm()) for one in (found, by_library))

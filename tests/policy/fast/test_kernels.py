@@ -97,9 +97,16 @@ def test_batch_norm_has_a_trial_of_its_own(monkeypatch: pytest.MonkeyPatch, runs
     found = SimpleNamespace(takes=lambda backbone, device: True)
     monkeypatch.setattr(kernels, "find_picture_kernels", lambda: found)
     monkeypatch.setattr(kernels, "_FOUND", {kernels._try_batch_norm: kernels if runs else None})
+    casts = True
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: casts)
     assert picture_kernels_for(ImageEncoder((3, 40, 40)).backbone, OnGpu()) is found
-    taken = picture_kernels_for(ImageEncoder((3, 40, 40), norm="batch").backbone, OnGpu())
-    assert taken is (found if runs else None)
+    backbone = ImageEncoder((3, 40, 40), norm="batch").backbone
+    assert picture_kernels_for(backbone, OnGpu()) is (found if runs else None)
+    monkeypatch.setattr(kernels, "find_picture_kernels", None)  # not asked where batch norm would not take them
+    casts = False
+    assert picture_kernels_for(backbone, OnGpu()) is None
+    casts = True
+    assert picture_kernels_for(backbone.eval(), OnGpu()) is None
 
 
 def test_kernels_that_do_not_run_give_way_with_one_line(
