@@ -247,7 +247,8 @@ class ConditionalUnet1d(nn.Module):
         if fused is None or (self.gradient_checkpointing and self.training):
             return None
         layers = [block.cond_encoder for block in self._blocks()]
-        if any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
+        ours = all(type(block) is ResidualBlock for block in self._blocks())
+        if not ours or any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
             return None
         own = (one for layer in layers for one in (layer, *layer))
         return None if is_watched(*self._blocks(), *own) else fused

@@ -46,9 +46,12 @@ class Ema:
         self._followed: Followed | None = None
 
     def follow(self, module: nn.Module, device: torch.device) -> Followed:
-        """Return what an optimiser needs to average weights itself; `update` then leaves out those that it did."""
+        """Return what an optimiser needs to average weights itself; `update` then leaves out those that it did.
+
+        Call `prepare` before each of its steps: without, the averages are not numbers.
+        """
         averages = dict(zip(module.parameters(), self.average.parameters(), strict=True))  # wherever these come to lie
-        self._followed = Followed(averages, torch.zeros((), device=device))
+        self._followed = Followed(averages, torch.full((), float("nan"), device=device))
         return self._followed
 
     def prepare(self, step: int) -> None:

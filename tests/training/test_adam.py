@@ -139,6 +139,17 @@ def test_averages_that_lie_otherwise_are_left_to_pytorch(kernel: ModuleType) -> 
     assert not followed.done
 
 
+def test_a_step_that_nobody_prepared_is_seen_in_the_average(kernel: ModuleType) -> None:
+    module = nn.Linear(3, 4).to(DEVICE)
+    ema = Ema(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+    update_many_at_once(optimizer, ema.follow(module, torch.device(DEVICE)))
+    for weight in module.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert all(average.isnan().all() for average in ema.average.parameters())
+
+
 def test_the_first_steps_keep_their_digits(alone: None) -> None:
     """With beta2=0.999 the first step divides by 1 - 0.999, of which float32 would leave four digits."""
     weight = nn.Parameter(torch.zeros(4, device=DEVICE))

@@ -327,6 +327,18 @@ def test_who_listens_to_a_film_layer_is_called(fused: ModuleType) -> None:
     assert called
 
 
+def test_a_block_of_somebodys_own_is_called(fused: ModuleType) -> None:
+    class Doubled(unet.ResidualBlock):
+        def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x, cond)
+
+    network = ConditionalUnet1d(**SMALL).to(DEVICE)
+    inputs = drawn(1, 4, 2), torch.tensor([5], device=DEVICE), drawn(1, 6)
+    plain = network(*inputs)
+    network.mid_modules[0].__class__ = Doubled
+    assert not torch.allclose(network(*inputs), plain, atol=1e-3)
+
+
 def test_weights_that_are_cast_together(fused: ModuleType) -> None:
     network = nn.Sequential(Conv2d(3, 5, 3), Conv1d(4, 6, 3), nn.Linear(3, 3), Conv1d(4, 6, 1)).to(DEVICE)
     network[0].to(memory_format=torch.channels_last)
