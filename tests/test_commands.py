@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def test_mistakes_exit_with_2_and_one_message(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_that_would_be_passed_over_is_an_error(more: tuple[str, ...], instead: str, tmp_path: Path) -> None:
-    refused = run(sys.executable, "-m", "getiaction.train", "+preset=pusht_laptop", *more, cwd=tmp_path)
+    refused = warm.run("-m", "getiaction.train", "+preset=pusht_laptop", *more, cwd=tmp_path)
     assert refused.returncode == 2
     assert "output_dir=here would be passed over, since Hydra's folder is" in refused.stderr + refused.stdout
     assert instead in refused.stderr + refused.stdout
@@ -105,18 +106,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(tmp_path: Path) -> None
 
 def test_a_sweep_trains_each_combination(pusht_root: Path, tmp_path: Path) -> None:
     small = ["training.max_steps=1", "training.batch_size=2", "validation.max_samples=1", "validation.max_sampled=0"]
-    swept = run(
-        *(
-            sys.executable,
-            "-m",
-            "getiaction.train",
-            "-m",
-            "+preset=pusht_cpu",
-            "seed=0,1",
-            f"dataset.root={pusht_root}",
-        ),
-        *small,
-        cwd=tmp_path,
-    )
+    both = ("-m", "+preset=pusht_cpu", "seed=0,1", f"dataset.root={pusht_root}")
+    swept = warm.run("-m", "getiaction.train", *both, *small, cwd=tmp_path)
     assert swept.returncode == 0, swept.stderr
     assert len(list(tmp_path.glob("outputs/pusht_cpu/sweep_*/*/metrics.jsonl"))) == 2

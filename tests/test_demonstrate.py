@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import warm
 
 from getiaction.data.writer import write_dataset
 from getiaction.demonstrate import main
@@ -26,13 +27,11 @@ PATIENCE = 240  # seconds
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "getiaction.demonstrate", f"output_dir={folder}", *overrides]
+    return ["-m", "getiaction.demonstrate", f"output_dir={folder}", *overrides]
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *overrides), capture_output=True, text=True, timeout=PATIENCE, cwd=folder.parent, check=False
-    )
+    return warm.run(*command(folder, *overrides), cwd=folder.parent, timeout=PATIENCE)
 
 
 def rows(folder: Path) -> dict[str, np.ndarray]:
@@ -176,11 +175,9 @@ def test_the_folder_says_what_made_it(recorded: Path) -> None:
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_data(recorded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(folder, "episodes=2", "seed=3", "midway=0.5", "num_workers=0"),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    with (tmp_path / "said.log").open("w") as said:
+        asked = command(folder, "episodes=2", "seed=3", "midway=0.5", "num_workers=0")
+        process = warm.start(*asked, stdout=said, stderr=said)
     deadline = time.monotonic() + PATIENCE
     while not (folder / "attempts" / "000000.npz").exists():
         assert process.poll() is None

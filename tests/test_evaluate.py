@@ -17,6 +17,7 @@ import av
 import psutil
 import pytest
 import torch
+import warm
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -108,11 +109,9 @@ def test_more_episodes_go_on_from_those_that_are_there(
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "getiaction.evaluate", *arguments, f"output_dir={folder}"]
+    words = ("-m", "getiaction.evaluate", *arguments, f"output_dir={folder}")
     with folder.with_suffix(".log").open("a") as said:
-        return subprocess.Popen(
-            words, stdout=said, stderr=subprocess.STDOUT, cwd=folder.parent, text=True, start_new_session=True
-        )
+        return warm.start(*words, stdout=said, stderr=subprocess.STDOUT, cwd=folder.parent, start_new_session=True)
 
 
 def wait_for_lines(log: Path, count: int, process: subprocess.Popen[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 import yaml
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from safetensors.torch import load_file
@@ -514,9 +514,7 @@ def states_only(make_dataset: Callable[..., Path]) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "getiaction.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return warm.run("-m", "getiaction.cli", *arguments, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_fit_validate_and_test(states_only: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hub as stand_in
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,13 +21,6 @@ from getiaction.errors import InputError
 from getiaction.interop.hub import is_repo_id
 from getiaction.interop.layout import EXTRA, WEIGHTS
 from getiaction.push import parser, push
-
-spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).parents[1] / "hub.py")
-assert spec is not None
-assert spec.loader is not None
-stand_in = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = stand_in
-spec.loader.exec_module(stand_in)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import warm
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -92,11 +93,13 @@ class TinyRun:
 
     def start_command(self, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """Run `python -m getiaction.train` with these overrides, in a session of its own beside `folder`."""
-        command = [*(launcher or (sys.executable,)), "-m", "getiaction.train", *overrides]
         with said_file(folder).open("a") as said:
-            return subprocess.Popen(
-                command, stdout=said, stderr=subprocess.STDOUT, cwd=folder.parent, text=True, start_new_session=True
-            )
+            outside: dict[str, Any] = {"stdout": said, "stderr": subprocess.STDOUT, "cwd": folder.parent}
+            outside["start_new_session"] = True
+            command = ("-m", "getiaction.train", *overrides)
+            if not launcher or launcher[0] == sys.executable:
+                return warm.start(*launcher[1:], *command, **outside)
+            return subprocess.Popen((*launcher, *command), text=True, **outside)
 
 
 @pytest.fixture(scope="session")

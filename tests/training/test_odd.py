@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 from getiaction.config.overrides import as_override
 from getiaction.data.batches import TrainingBatches
@@ -78,9 +79,7 @@ STRANGE = ["mit Leerzeichen", "日本語 ñ", "lr=1e-3,seed=2", "it's", "[a]{b}(
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = warm.run("-m", *command, cwd=cwd)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 

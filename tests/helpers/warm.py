@@ -1,0 +1,166 @@
+"""Start commands of the package without waiting for the packages that it builds on: seven of a short run's ten seconds.
+
+A server has imported them, and forks. What it forks imports our code, is a child of the process that asked, dies of
+the signals that it is sent, and ends as any Python does. What a package reads of the environment when it is imported
+must be as it was: a command with another environment starts cold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+PACKAGES = (
+    *(
+        "torch",
+        "torch._dynamo",
+        "torchvision",
+        "accelerate",
+        "diffusers",
+        "diffusers.optimization",
+        "safetensors.torch",
+    ),
+    *("hydra.main", "av", "PIL.Image"),  # not PyArrow, which starts a thread
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "psutil", "yaml", "tqdm"),
+)
+READ_AT_IMPORT = ("CUDA", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MKL", "MPL", "OMP", "OPENBLAS", "PATH")
+READ_AT_IMPORT += ("PYTHON", "TORCH_", "TRITON", "WANDB", "XDG")
+READ_LATER = {"HF_LEROBOT_HOME"}
+AT_START = dict(os.environ)
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+LARGEST = 2**20  # bytes of a request
+
+
+class Forked(subprocess.Popen[str]):
+    """A child of this process that somebody else has forked."""
+
+    def __init__(self, pid: int, arguments: tuple[str, ...]) -> None:  # what `Popen` would leave behind
+        self.pid, self.args, self.returncode = pid, arguments, None  # type: ignore[assignment]
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._waitpid_lock = True, threading.Lock()
+
+
+def start(
+    *arguments: str,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    stdout: IO[str] | int | None = None,
+    stderr: IO[str] | int | None = None,
+    start_new_session: bool = False,
+) -> subprocess.Popen[str]:
+    """Do what `subprocess.Popen((sys.executable, "-m", module, ...), ...)` does."""
+    env = dict(os.environ) if env is None else env
+    if arguments[0] != "-m" or has_changed(env):
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(
+            command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session, text=True
+        )
+    printed = 1 if stdout is None else stdout if isinstance(stdout, int) else stdout.fileno()
+    said = 2 if stderr is None else stderr if isinstance(stderr, int) else stderr.fileno()
+    files = (0, printed, printed if said == subprocess.STDOUT else said)
+    request = json.dumps([arguments, str(cwd or Path.cwd()), env, start_new_session]).encode()
+    assert len(request) < LARGEST
+    assert min(files) >= 0, "no pipes: give files"
+    channel, prctl = server(), ctypes.CDLL(None).prctl
+    prctl(SUBREAPER, 1, 0, 0, 0)  # the nearest such ancestor gets the children of a parent that has ended
+    try:
+        socket.send_fds(channel, [request], list(files))
+        return Forked(int(channel.recv(LARGEST)), (sys.executable, *arguments))
+    finally:
+        prctl(SUBREAPER, 0, 0, 0, 0)
+
+
+def run(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Do what `subprocess.run((sys.executable, *arguments), capture_output=True, text=True)` does."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        process = start(*arguments, cwd=cwd, env=env, stdout=printed, stderr=said)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        texts = [file.read() for file in (printed, said) if file.seek(0) == 0]
+    return subprocess.CompletedProcess(process.args, code, *texts)
+
+
+def has_changed(env: dict[str, str]) -> bool:
+    """Tell whether the server's packages would have read another environment."""
+    names = {name for name in (*env, *AT_START) if name.startswith(READ_AT_IMPORT)} - READ_LATER
+    return any(env.get(name) != AT_START.get(name) for name in names)
+
+
+@functools.cache
+def server() -> socket.socket:
+    """Start the server, once in each process that runs tests; it ends when nobody can ask it any more."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        command = [sys.executable, __file__, str(its.fileno())]
+        silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        process = subprocess.Popen(command, pass_fds=[its.fileno()], env=AT_START, **silent)
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+def serve(channel: socket.socket) -> list[str] | None:
+    """Fork for each request; return in the fork, with what it is to run, or None at the end."""
+    for name in PACKAGES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would miss the other threads"
+    while True:
+        request, files, *_ = socket.recv_fds(channel, LARGEST, 3)
+        if not request:
+            return None
+        ends = os.pipe()
+        if middle := os.fork():
+            os.waitpid(middle, 0)  # its child is somebody else's now
+            channel.send(os.read(ends[0], 100))
+            for file in (*ends, *files):
+                os.close(file)
+            continue
+        if child := os.fork():
+            os.write(ends[1], str(child).encode())
+            os._exit(0)
+        channel.close()
+        arguments, cwd, env, is_new_session = json.loads(request)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        for file in (*ends, *files):
+            os.close(file)
+        if is_new_session:
+            os.setsid()
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        return arguments
+
+
+def become(arguments: list[str]) -> None:
+    """Run a module as `python -m` does."""
+    sys.orig_argv = [sys.executable, *arguments]
+    sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    asked = serve(socket.socket(fileno=int(sys.argv[1])))
+    if asked is not None:
+        become(asked)
