@@ -24,22 +24,15 @@ from pathlib import Path
 from typing import IO, Any
 
 PACKAGES = (
-    *(
-        "torch",
-        "torch._dynamo",
-        "torchvision",
-        "accelerate",
-        "diffusers",
-        "diffusers.optimization",
-        "safetensors.torch",
-    ),
-    *("hydra.main", "av", "PIL.Image"),  # not PyArrow, which starts a thread
+    *("torch", "torch._dynamo", "torchvision", "accelerate", "diffusers.optimization", "safetensors.torch"),
+    *("hydra.main", "omegaconf", "pandas", "pyarrow.dataset", "pyarrow.parquet", "av", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "psutil", "yaml", "tqdm"),
 )
 READ_AT_IMPORT = ("CUDA", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MKL", "MPL", "OMP", "OPENBLAS", "PATH")
 READ_AT_IMPORT += ("PYTHON", "TORCH_", "TRITON", "WANDB", "XDG")
 READ_LATER = {"HF_LEROBOT_HOME"}
 AT_START = dict(os.environ)
+ALONE = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork has no other threads than the one that forked
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 LARGEST = 2**20  # bytes of a request
 
@@ -112,7 +105,7 @@ def server() -> socket.socket:
     with its:
         command = [sys.executable, __file__, str(its.fileno())]
         silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        process = subprocess.Popen(command, pass_fds=[its.fileno()], env=AT_START, **silent)
+        process = subprocess.Popen(command, pass_fds=[its.fileno()], env={**AT_START, **ALONE}, **silent)
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours
@@ -124,7 +117,7 @@ def serve(channel: socket.socket) -> list[str] | None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would miss the other threads"
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
     while True:
         request, files, *_ = socket.recv_fds(channel, LARGEST, 3)
         if not request:
