@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -75,10 +77,11 @@ MakeDataset = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
-    """Return a function that records a small LeRobotDataset with LeRobot's own writer."""
+    """Return a function that records a small LeRobotDataset with LeRobot's own writer, or copies what it recorded."""
 
+    @functools.cache
     @kept_scheduling()
-    def make(
+    def record(
         *,
         lengths: tuple[int, ...] = (12, 9),
         cameras: tuple[str, ...] = ("observation.images.top", "observation.images.wrist"),
@@ -110,7 +113,7 @@ def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
         dataset.finalize()
         return root
 
-    return make
+    return lambda **wanted: shutil.copytree(record(**wanted), tmp_path_factory.mktemp("dataset") / "data")
 
 
 def moving_square(size: tuple[int, int], step: int, number: int) -> np.ndarray:

@@ -28,7 +28,7 @@ PACKAGES = (
     *("hydra.main", "omegaconf", "pandas", "pyarrow.dataset", "pyarrow.parquet", "av", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "psutil", "yaml", "tqdm"),
 )
-READ_AT_IMPORT = ("CUDA", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MKL", "MPL", "OMP", "OPENBLAS", "PATH")
+READ_AT_IMPORT = ("CUDA", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MKL", "MPL", "OMP", "OPENBLAS")
 READ_AT_IMPORT += ("PYTHON", "TORCH_", "TRITON", "WANDB", "XDG")
 READ_LATER = {"HF_LEROBOT_HOME"}
 AT_START = dict(os.environ)

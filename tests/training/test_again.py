@@ -25,7 +25,7 @@ from getiaction.errors import InputError
 from getiaction.files import claimed
 from getiaction.training.metrics import read_metrics
 
-LONG = ("training.max_steps=400", "training.save_every=200", "training.log_every=2", "hardware.num_threads=1")
+LONG = ("training.max_steps=240", "training.save_every=120", "training.log_every=2", "hardware.num_threads=1")
 
 
 def sweep(tiny: Any, folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -124,12 +124,12 @@ def test_a_warning_of_slurm_saves_and_requeues_and_the_same_command_goes_on(
     assert helpers.kill(process, signal.SIGUSR1) == 128 + signal.SIGUSR1
     assert asked.read_text() == "requeue 417\n"
     (step,) = helpers.steps_saved(folder)
-    assert step < 400
+    assert step < 240
     again = tiny.start_command(tmp_path / "run", *command)
     assert helpers.finish(again) == 0, helpers.said(tmp_path / "run")
-    assert f"resuming {folder} at step {step} of 400" in helpers.said(tmp_path / "run")
+    assert f"resuming {folder} at step {step} of 240" in helpers.said(tmp_path / "run")
     tiny.fit(tmp_path / "alone", *LONG)
-    helpers.assert_same_bits(folder, tmp_path / "alone", step=400)
+    helpers.assert_same_bits(folder, tmp_path / "alone", step=240)
     once_more = tiny.start_command(tmp_path / "run", *command)
     assert helpers.finish(once_more) == 0
     assert f"{folder} is complete" in helpers.said(tmp_path / "run")

@@ -71,8 +71,8 @@ MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes
 
 
 SPLITS = (  # of a global batch of 16: whose run goes on, on how many processes
-    ("four", 2, "4 per device x 2 processes x 2"),
-    ("one", 4, "2 per device x 4 processes x 2"),
+    ("four", 1, "8 per device x 1 process x 2"),
+    ("one", 2, "4 per device x 2 processes x 2"),
 )
 
 
