@@ -75,7 +75,7 @@ def test_equal_states_train(data, tiny: Any, helpers: Any, tmp_path: Path) -> No
 
 # --- strange paths ----------------------------------------------------------------------------------------------------
 
-STRANGE = ["mit Leerzeichen", "日本語 ñ", "lr=1e-3,seed=2", "it's", "[a]{b}(c)", "#5 & 100% $HOME", 'say "hi"', "a:b;c"]
+STRANGE = ["mit Leerzeichen, 日本語 ñ", "lr=1e-3,seed=2", "it's [a]{b}(c)", '#5 & 100% $HOME: say "hi"', "a:b;c"]
 
 
 def run(*command: str, cwd: Path) -> str:
