@@ -50,8 +50,8 @@ def main() -> None:
             f"{row['seed']:4}  {' and '.join(row['ways']):50}  {row['encoder_gradient_gap']:.1e}  "
             f"{row['unet_gradient_gap']:.1e}"
         )
-    now = datetime.now(UTC)
-    kept = {"measured": now.isoformat(timespec="seconds"), "machine": describe_machine(torch.device("cpu")), "gaps": rows}
+    now, machine = datetime.now(UTC), describe_machine(torch.device("cpu"))
+    kept = {"measured": now.isoformat(timespec="seconds"), "machine": machine, "gaps": rows}
     path = RESULTS / f"rounding-{now:%Y-%m-%d}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
     print(path)
