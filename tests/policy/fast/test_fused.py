@@ -355,6 +355,29 @@ def test_weights_that_are_cast_together(fused: ModuleType) -> None:
     assert cast_all(weights, torch.float32) == {}
 
 
+def test_a_step_casts_its_weights_ahead(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found as long as the step lasts, and only with gradients: who acts keeps casts of its own."""
+    layer, gpu = Conv1d(4, 6, 3).to(DEVICE), torch.device("cuda")
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "find_kernels", lambda: fused)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)
+
+    def casts() -> list[Tensor]:
+        return [kernels.cast(layer.weight, torch.bfloat16) for _ in range(2)]
+
+    def are_one(made: list[Tensor]) -> bool:
+        assert all(torch.equal(one, layer.weight.detach().bfloat16()) for one in made)
+        return made[0].data_ptr() == made[1].data_ptr()
+
+    with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+        with kernels.cast_ahead(layer, gpu):
+            assert are_one(casts())
+        assert not are_one(casts())
+        with torch.no_grad(), kernels.cast_ahead(layer, gpu):
+            assert not are_one(casts())
+
+
 @pytest.mark.parametrize(("scales", "precision"), [(True, torch.bfloat16), (False, None)])
 def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype | None) -> None:
     torch.manual_seed(0)
