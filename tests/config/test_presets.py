@@ -204,7 +204,7 @@ def scratch() -> Iterator[Path]:
 
 def test_cpu_preset_learns(pusht_root: Path, tmp_path: Path) -> None:
     """A shortened `pusht_cpu`: the validation loss on held-out human demonstrations falls well below its start."""
-    short = ["training.max_steps=60", "lr_scheduler.num_warmup_steps=5", "optimizer.lr=5e-4", "validation.every=5"]
+    short = ["training.max_steps=40", "lr_scheduler.num_warmup_steps=5", "optimizer.lr=1e-3", "validation.every=5"]
     short += ["validation.max_samples=48"]
     config = compose(["+preset=pusht_cpu", f"dataset.root={pusht_root}", "validation.max_sampled=0", *short])
     metrics = train(config, tmp_path / "run")
