@@ -2,7 +2,7 @@
 
 PyTorch computes the gradients of the same weights and samples three times on this CPU, with oneDNN's convolutions,
 channels last and first, and with its own. All three are right. What they differ by is what any other way of computing
-them, a GPU's or ours, may differ by: see `benchmarks.gpu_checks.parity`.
+them, a GPU's or ours, may differ by: see `benchmarks.gpu_checks.parity`. Only the encoder's pictures have an order.
 """
 
 from __future__ import annotations

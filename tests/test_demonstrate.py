@@ -234,6 +234,7 @@ def test_a_dataset_is_never_overwritten(recorded: Path) -> None:
 
 
 def test_an_expert_that_always_fails_ends_the_run(tmp_path: Path) -> None:
-    finished = run(tmp_path / "run", "episodes=1", "env.max_steps=1", "num_workers=0")
+    words = [sys.executable, *command(tmp_path / "run", "episodes=1", "env.max_steps=1", "num_workers=0")]  # cold
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, check=False)
     assert finished.returncode == 1
     assert "only 0 of 50 attempts succeeded" in finished.stderr

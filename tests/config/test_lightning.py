@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -521,7 +522,8 @@ def test_fit_validate_and_test(states_only: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     file = ["--config", "tiny.yaml", "--data.root", str(states_only)]
     steps = ["--trainer.max_steps", "2", "--getiaction.output_dir", "one"]
-    fitted = run(tmp_path, "fit", *file, *steps)
+    cold = [sys.executable, "-m", "getiaction.cli", "fit", *file, *steps]
+    fitted = subprocess.run(cold, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert fitted.returncode == 0, fitted.stderr
     assert (
         "changed: horizon 10 -> 12: the U-Net halves time once, and LeRobot opens multiples of 4 only" in fitted.stdout

@@ -2,7 +2,8 @@
 
 A server has imported them, and forks. What it forks imports our code, is a child of the process that asked, dies of
 the signals that it is sent, and ends as any Python does. What a package reads of the environment when it is imported
-must be as it was: a command with another environment starts cold.
+must be as it was: a command with another environment starts cold. All forks of a server hash strings alike, and would
+not miss an import that another package makes: so some commands of each entry point should start cold.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+import numpy
+
 PACKAGES = (
     *("torch", "torch._dynamo", "torchvision", "accelerate", "diffusers.optimization", "safetensors.torch"),
     *("hydra.main", "omegaconf", "pandas", "pyarrow.dataset", "pyarrow.parquet", "av", "PIL.Image"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "psutil", "yaml", "tqdm"),
 )
-READ_AT_IMPORT = ("CUDA", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MKL", "MPL", "OMP", "OPENBLAS")
-READ_AT_IMPORT += ("PYTHON", "TORCH_", "TRITON", "WANDB", "XDG")
+READ_AT_IMPORT = ("ARROW", "ATEN_", "CUDA", "DIFFUSERS", "DNNL_", "GOMP", "HF", "HOME", "KMP", "LANG", "LC_", "MALLOC_")
+READ_AT_IMPORT += ("MKL", "MPL", "OMP", "ONEDNN_", "OPENBLAS", "PYTHON", "PYTORCH_", "TMPDIR", "TORCHDYNAMO", "TORCH_")
+READ_AT_IMPORT += ("TQDM", "TRITON", "WANDB", "XDG")
 READ_LATER = {"HF_LEROBOT_HOME"}
 AT_START = dict(os.environ)
 ALONE = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork has no other threads than the one that forked
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-LARGEST = 2**20  # bytes of a request
+LARGEST = 2**17  # bytes of a request: a socket takes a little more
+READY = b"ready"
 
 
 class Forked(subprocess.Popen[str]):
@@ -43,7 +48,8 @@ class Forked(subprocess.Popen[str]):
     def __init__(self, pid: int, arguments: tuple[str, ...]) -> None:  # what `Popen` would leave behind
         self.pid, self.args, self.returncode = pid, arguments, None  # type: ignore[assignment]
         self.stdin = self.stdout = self.stderr = None
-        self._child_created, self._waitpid_lock = True, threading.Lock()
+        self._child_created, self._waitpid_lock, self._sigint_wait_secs = True, threading.Lock(), 0.25
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises if it is not, which `Popen` takes for 0
 
 
 def start(
@@ -68,10 +74,14 @@ def start(
     assert len(request) < LARGEST
     assert min(files) >= 0, "no pipes: give files"
     channel, prctl = server(), ctypes.CDLL(None).prctl
-    prctl(SUBREAPER, 1, 0, 0, 0)  # the nearest such ancestor gets the children of a parent that has ended
+    assert prctl(SUBREAPER, 1, 0, 0, 0) == 0  # the nearest such ancestor gets the children of a parent that has ended
     try:
         socket.send_fds(channel, [request], list(files))
         return Forked(int(channel.recv(LARGEST)), (sys.executable, *arguments))
+    except BaseException:  # an answer may come yet, which the next one must not take for its own
+        channel.close()
+        server.cache_clear()
+        raise
     finally:
         prctl(SUBREAPER, 0, 0, 0, 0)
 
@@ -100,7 +110,11 @@ def has_changed(env: dict[str, str]) -> bool:
 
 @functools.cache
 def server() -> socket.socket:
-    """Start the server, once in each process that runs tests; it ends when nobody can ask it any more."""
+    """Start the server, once in each process that runs tests; it ends when nobody can ask it any more.
+
+    Raises:
+        RuntimeError: it has not come up; it says why.
+    """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
         command = [sys.executable, __file__, str(its.fileno())]
@@ -108,6 +122,8 @@ def server() -> socket.socket:
         process = subprocess.Popen(command, pass_fds=[its.fileno()], env={**AT_START, **ALONE}, **silent)
     atexit.register(process.wait)
     atexit.register(ours.close)
+    if ours.recv(LARGEST) != READY:
+        raise RuntimeError("the process that forks did not come up")
     return ours
 
 
@@ -118,6 +134,7 @@ def serve(channel: socket.socket) -> list[str] | None:
     gc.collect()
     gc.freeze()
     assert len(list(Path("/proc/self/task").iterdir())) == 1
+    channel.send(READY)
     while True:
         request, files, *_ = socket.recv_fds(channel, LARGEST, 3)
         if not request:
@@ -125,8 +142,11 @@ def serve(channel: socket.socket) -> list[str] | None:
         ends = os.pipe()
         if middle := os.fork():
             os.waitpid(middle, 0)  # its child is somebody else's now
-            channel.send(os.read(ends[0], 100))
-            for file in (*ends, *files):
+            os.close(ends[1])
+            if not (forked := os.read(ends[0], 100)):
+                return None
+            channel.send(forked)
+            for file in (ends[0], *files):
                 os.close(file)
             continue
         if child := os.fork():
@@ -143,6 +163,7 @@ def serve(channel: socket.socket) -> list[str] | None:
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
+        numpy.random.seed()  # noqa: NPY002  (as it is in a process that imports it itself)
         return arguments
 
 

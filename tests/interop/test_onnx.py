@@ -369,10 +369,16 @@ def test_mistakes_get_one_line_and_no_file(
 def test_a_file_that_differs_is_not_kept(
     added: float, export: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is that of a policy which has one weight other than the one that it is compared with."""
+    """The file is that of a policy which has one weight other than the one that it is compared with, or NaN, too."""
     import onnx
 
     other = onnx.load(export("states")["path"])
+    if math.isnan(added):
+        (loop,) = (node for node in other.graph.node if node.op_type == "Scan")
+        (step,) = (attribute.g for attribute in loop.attribute if attribute.name == "body")
+        for weights in [one for one in step.initializer if one.data_type == onnx.TensorProto.FLOAT]:
+            nothing = np.full(tuple(weights.dims), math.nan, np.float32)
+            weights.CopyFrom(onnx.numpy_helper.from_array(nothing, weights.name))
     monkeypatch.setattr("getiaction.interop.onnx_file.to_onnx", lambda *_: other)
     policy, path = make("states"), tmp_path / "policy.onnx"
     policy.diffusion.unet.final_conv[1].bias.data[0] += added

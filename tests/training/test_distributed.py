@@ -70,7 +70,8 @@ MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes
 )
 
 
-SPLITS = (  # of a global batch of 16: whose run goes on, on how many processes
+# Of a global batch of 16: whose run goes on, on how many processes. More of them are below, by their arithmetic alone.
+SPLITS = (
     ("four", 1, "8 per device x 1 processes x 2"),
     ("one", 2, "4 per device x 2 processes x 2"),
 )
