@@ -35,6 +35,7 @@ from benchmarks.gpu_rates import (
     precisions,
     presets,
     record,
+    saving,
     ways,
 )
 from getiaction.config.record import describe_machine
@@ -59,6 +60,7 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     evaluation,
     presets,
     ways,
+    saving,
     out_of_memory,
 )
 

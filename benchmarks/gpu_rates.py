@@ -104,6 +104,15 @@ def encoder(bench: Bench) -> dict[str, Any]:
     return measure(bench.device, batch=2 if bench.small else 128, steps=bench.steps(10))
 
 
+def saving(bench: Bench) -> dict[str, Any]:
+    """Time checkpoints, for which training stands still: `benchmarks.saving`."""
+    from benchmarks.saving import PRESETS, measure
+
+    for preset in PRESETS[:1] if bench.small else PRESETS:
+        bench.found[preset] = measure(preset, bench.device, bench.folder, rounds=4)
+    return bench.found
+
+
 def chunks(bench: Bench) -> dict[str, Any]:
     """Compare one action chunk with LeRobot's, in float32 without TF32: `benchmarks.inference`."""
     from benchmarks.inference import PRESETS, measure
