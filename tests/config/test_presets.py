@@ -172,7 +172,7 @@ def test_every_key_of_the_tree_has_a_line_of_documentation(path: Path) -> None:
 def test_preset_trains_two_steps(preset: str, request: pytest.FixtureRequest, scratch: Path) -> None:
     """At full size, but for two that share `pusht_advanced`'s U-Net: test_lerobot_equivalence builds them as they are.
 
-    Each such U-Net is half a minute, most of it for a checkpoint of four gigabytes.
+    Each such U-Net is half a minute, much of it for a checkpoint of four gigabytes.
     """
     aloha, acts = preset == "aloha", preset in ("pusht_keypoints", "pusht_laptop", "pusht_pictures")
     names = {"aloha": "aloha_root", "pusht_keypoints": "pusht_keypoints_root"}

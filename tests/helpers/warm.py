@@ -1,4 +1,4 @@
-"""Start commands of the package without waiting for the packages that it builds on: seven of a short run's ten seconds.
+"""Start commands of the package without waiting for the packages that it builds on: six of a short run's eight seconds.
 
 A server has imported them, and forks. What it forks imports our code, is a child of the process that asked, dies of
 the signals that it is sent, and ends as any Python does. What a package reads of the environment when it is imported
