@@ -246,12 +246,13 @@ class ConditionalUnet1d(nn.Module):
         fused = kernels_for(self, x) if torch.is_grad_enabled() else None
         if fused is None or (self.gradient_checkpointing and self.training):
             return None
-        layers = [block.cond_encoder for block in self._blocks()]
-        ours = all(type(block) is ResidualBlock for block in self._blocks())
+        blocks = self._blocks()
+        layers = [block.cond_encoder for block in blocks]
+        ours = all(type(block) is ResidualBlock for block in blocks)
         if not ours or any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
             return None
         own = (one for layer in layers for one in (layer, *layer))
-        return None if is_watched(*self._blocks(), *own) else fused
+        return None if is_watched(*blocks, *own) else fused
 
     def _is_faster_in_rows(self, x: Tensor) -> bool:
         """Tell whether channels last in memory are faster: in float32 on the CPU, for narrow networks and for those
