@@ -4,6 +4,10 @@ PRESET ?= pusht_laptop
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PACKAGES := --editable '.[dev]' --constraint constraints.txt
+# Where Python may write no bytecode, as in many containers, each command and test would compile its imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # These presets learn from the demonstrations in the box, unless ARGS name other data, or a run to go on with.
 BOXED := pusht_basic pusht_advanced pusht_fast pusht_cpu pusht_multigpu
@@ -26,8 +30,9 @@ setup: $(READY)  ## Make .venv with everything in it, pinned by constraints.txt.
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.12 found: install one (pyenv install 3.12, apt install python3.12-venv, or uv python install 3.12), or name it with make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]' --constraint constraints.txt
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib getiaction || true  # on all cores; pip would on one
+	@$(PIP) uv --constraint constraints.txt && $(BIN)/uv pip install --python $(BIN)/python $(PACKAGES) || { \
+		echo "uv failed: pip tries, with pip's own settings (mirrors, certificates)" >&2; \
+		$(PIP) $(PACKAGES) --no-compile; }
 	@touch $@
 
 train: setup  ## Train PRESET (pusht_laptop) with ARGS.
