@@ -1,8 +1,9 @@
 """Measure how long training stands still for a checkpoint: `python -m benchmarks.saving`.
 
 A run of each preset takes one step, so that the optimiser has its moments, and is saved a few times, each time into a
-new folder: weights, their average, moments, checksums, everything brought to the disk. Where it is saved matters as
-much as what computes: `--folder` names the disk.
+new folder: weights, their average, moments, checksums, everything brought to the disk. Once training waits for all of
+that, and once, turn by turn, for the copy alone, as it does on a GPU. Where it is saved matters as much as what
+computes: `--folder` names the disk.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ def measure(preset: str, device: str, folder: Path, rounds: int) -> dict[str, An
         coming = trainer.batches.iterate(0, 1)
         trainer._optimise(next(coming))
         coming.close()
-        seconds, size = [], 0
-        for number in range(rounds):
+        found: dict[str, Any] = {"waiting_s": [], "aside_s": [], "aside_until_written_s": []}
+        for number in range(2 * rounds):
             trainer.store.folder = Path(place) / f"checkpoints_{number}"
-            trainer.saved = None
+            trainer.saved, trainer.saves_aside = None, number % 2 == 1
             begin = time.perf_counter()
             trainer._save(Clock())
-            seconds.append(round(time.perf_counter() - begin, 2))
+            found["aside_s" if trainer.saves_aside else "waiting_s"].append(round(time.perf_counter() - begin, 2))
+            trainer.background.wait()
+            if trainer.saves_aside:
+                found["aside_until_written_s"].append(round(time.perf_counter() - begin, 2))
             saved = [path for path in trainer.store.folder.glob("0*/**/*") if path.is_file()]
-            size = sum(path.stat().st_size for path in saved)
+            found["GB"] = round(sum(path.stat().st_size for path in saved) / 1e9, 2)
             for path in saved:
                 path.unlink()
-    return {"seconds": seconds, "GB": round(size / 1e9, 2)}
+    return found
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
     now, found = datetime.now(UTC), {}
     for preset in asked.presets:
         found[preset] = measure(preset, asked.device, asked.folder, asked.rounds)
-        print(f"{preset}: {found[preset]['GB']} GB in {found[preset]['seconds']} s", flush=True)
+        print(f"{preset}: {found[preset]}", flush=True)
     machine = describe_machine(torch.device(asked.device))
     path = RESULTS / f"saving-{now:%Y-%m-%d}.json"
     kept = {"measured": now.isoformat(timespec="seconds"), "machine": machine, "saves": found}

@@ -139,6 +139,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
         data=data,
         watchdog=Watchdog(config.hardware.hang_timeout if accelerator.num_processes > 1 else None),
         replays=replays_steps(config.hardware, accelerator),
+        saves_aside=accelerator.device.type == "cuda",  # a CPU has no time for both
     )
     if checkpoint and state:
         resume(trainer, state, read_average(checkpoint))

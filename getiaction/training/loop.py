@@ -24,6 +24,7 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.signals import stop_on_signals
+from getiaction.training.background import Background, has_room, policy_on_host, state_on_host
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock, is_due
 from getiaction.training.ema import Ema
@@ -71,6 +72,7 @@ class Trainer:
             returns None; None if nothing is rolled out.
         keep_best: keep the policy with the best score as well.
         replays: as `Update` takes it.
+        saves_aside: train on while a checkpoint is written, where the host has memory for a copy of all that is saved.
     """
 
     accelerator: Accelerator
@@ -89,8 +91,10 @@ class Trainer:
     data: str = ""  # fingerprint of the episodes
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
     replays: bool = False
+    saves_aside: bool = False
     step: int = field(default=0, init=False)
     saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint of this process
+    background: Background = field(default_factory=Background, init=False)
     unread: list[Tensor] = field(default_factory=list, init=False)  # losses that nobody has waited for yet
     read: list[float] = field(default_factory=list, init=False)  # losses since the last line of metrics
     latest: dict[str, float] = field(default_factory=dict, init=False)
@@ -114,7 +118,7 @@ class Trainer:
         """
         plan = self.plan
         self.model.train()
-        with stop_on_signals() as stopping, self._progress() as bar, self.watchdog.watching():
+        with stop_on_signals() as stopping, self._progress() as bar, self.watchdog.watching(), self.background:
             clock = Clock()
             if self.step:  # what a run that was stopped here still owes
                 self._evaluate(clock, stopping)
@@ -192,6 +196,7 @@ class Trainer:
 
     def _advice(self, step: int, loss: float) -> str:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
+        self.background.wait()
         ids, kept = self.batches.ids(step)[:64], [saved for saved in self.store.steps() if saved <= step]
         windows = self.batches.gatherer.windows
         frames = [f"{windows.indices[episode]}:{frame}" for episode, frame in zip(*windows.locate(ids), strict=True)]
@@ -237,6 +242,7 @@ class Trainer:
             if measured is not None:
                 self.latest.update(measured)
                 if self.keep_best and self.accelerator.is_main_process:
+                    self.background.wait()
                     self.store.save_best(self.best, step=self.step, score=measured["score"])
                 # last: it tells a resumed run that all this is done
                 self.metrics.write(self.step, **measured, episodes=episodes)
@@ -253,22 +259,27 @@ class Trainer:
                 raise TrainingError(self._advice(self.step - 1, float("nan")))
         with self._pausing(clock):
             if self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler
-                raw = self.optimizer.optimizer
-                self.store.save(
-                    self.best,
-                    TrainingState(
-                        step=self.step,
-                        global_batch_size=self.batches.share.global_batch_size,
-                        data=self.data,
-                        weights=self.policy.state_dict(),
-                        optimizer=raw.state_dict(),
-                        lr_scheduler=self.lr_scheduler.state_dict(),
-                        grad_scaler=scaler.state_dict() if scaler is not None else None,
-                    ),
-                )
+                policy, state = self.best, self._state()
+                self.background.wait()
+                if self.saves_aside and has_room(policy, state):
+                    self.background.start(self.store.save, policy_on_host(policy), state_on_host(state))
+                else:
+                    self.store.save(policy, state)
             self.accelerator.wait_for_everyone()
         self.saved = self.step
+
+    def _state(self) -> TrainingState:
+        """Return what decides how this run goes on, in the tensors that training goes on with."""
+        scaler = self.accelerator.scaler
+        return TrainingState(
+            step=self.step,
+            global_batch_size=self.batches.share.global_batch_size,
+            data=self.data,
+            weights=self.policy.state_dict(),
+            optimizer=self.optimizer.optimizer.state_dict(),
+            lr_scheduler=self.lr_scheduler.state_dict(),
+            grad_scaler=scaler.state_dict() if scaler is not None else None,
+        )
 
     @contextlib.contextmanager
     def _pausing(self, clock: Clock) -> Iterator[None]:

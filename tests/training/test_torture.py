@@ -20,8 +20,12 @@ KILLED = -signal.SIGKILL
 
 
 def torture(tiny: Any, folder: Path, accidents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run into one accident after the other, then to the end; return what was there after each."""
+    """Run into one accident after the other, then to the end; return what was there after each.
+
+    Every second run saves aside, as on a GPU.
+    """
     overrides = tiny.overrides(*LONG, "hardware.num_threads=1")
+    accidents = [{**accident, "aside": number % 2 == 0} for number, accident in enumerate(accidents)]
     plan = [{"folder": str(folder), "overrides": overrides, "accident": accident} for accident in (*accidents, {})]
     file = folder.with_name("plan.json")
     file.write_text(json.dumps(plan))

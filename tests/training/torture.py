@@ -21,6 +21,7 @@ from getiaction.errors import TrainingError
 from getiaction.report import run as report
 from getiaction.train import train
 from getiaction.training.checkpoint import find_damage
+from getiaction.training.loop import Trainer
 
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree"}
 FULL_DISK, DONE = 28, 0
@@ -30,6 +31,8 @@ def run_once(overrides: list[str], folder: Path, accident: dict[str, Any]) -> No
     """Train, or go on; end this process as the accident says, or with its exit code."""
     os.chdir(folder.parent)
     report.draw_report = lambda *_: []  # pictures take longer than all the rest
+    if accident.get("aside"):
+        save_aside()
     arrange(accident, folder)
     config = compose([*overrides, f"output_dir='{folder}'"])
     if can_go_on(folder):
@@ -43,11 +46,23 @@ def run_once(overrides: list[str], folder: Path, accident: dict[str, Any]) -> No
     os._exit(DONE)
 
 
+def save_aside() -> None:
+    """Let a run train on while it saves, as on a GPU."""
+    fit = Trainer.fit
+
+    def fit_aside(trainer: Trainer) -> dict[str, float]:
+        trainer.saves_aside = True
+        return fit(trainer)
+
+    Trainer.fit = fit_aside  # type: ignore[method-assign]
+
+
 def arrange(accident: dict[str, Any], folder: Path) -> None:
     """Let the accident happen just before the given number of writes in the folder."""
     left = accident.get("writes")
     if left is None:
         return
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # here: a thread may not
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
@@ -60,7 +75,6 @@ def arrange(accident: dict[str, Any], folder: Path) -> None:
         if left == 0 and accident["what"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif left == 0:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # as a quota that is used up
 
     sys.addaudithook(hook)
