@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import hub as stand_in
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from getiaction.errors import InputError
@@ -37,14 +37,8 @@ def run(hub: Any, tmp_path: Path) -> Run:
     """Return a function that runs a `getiaction` command against the stand-in."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "getiaction.cli", *arguments],
-            env={**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        env = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1", **environment}
+        return warm.run("-m", "getiaction.cli", *arguments, env=env, cwd=tmp_path)
 
     return run
 

@@ -236,10 +236,9 @@ class Adam(torch.optim.Adam):
     ],
 )
 def test_a_process_that_fails_or_hangs_ends_the_run_and_shows_where(
-    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accident: str, said: str
+    tiny: Any, helpers: Any, tmp_path: Path, accident: str, said: str
 ) -> None:
-    (tmp_path / "broken.py").write_text(BROKEN.format(accident=accident))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "broken.py").write_text(BROKEN.format(accident=accident))  # where the run is started
     folder = tmp_path / "run"
     process = tiny.start(folder, *TWO, "optimizer._target_=broken.Adam", "hardware.hang_timeout=3")
     assert helpers.finish(process) != 0
