@@ -41,19 +41,19 @@ def check_time(config: Config) -> Iterator[Problem]:
             f"policy.horizon={policy.n_action_steps + policy.n_obs_steps - 1}"
         )
     dims = config.unet.get("down_dims") or [1]  # a U-Net without levels halves nothing
-    factor = 2 ** (len(dims) - 1)
+    factor, lerobots = 2 ** (len(dims) - 1), 2 ** len(dims)
     if policy.horizon % factor:
-        low = policy.horizon // factor * factor
-        options = " or ".join(str(value) for value in (low, low + factor) if value > 0)
+        low = policy.horizon // lerobots * lerobots
+        options = " or ".join(str(value) for value in (low, low + lerobots) if value > 0)
         yield Problem(
             f"unet.down_dims={dims} needs policy.horizon divisible by {factor} (time halves {len(dims) - 1} times), "
             f"got {policy.horizon}: use {options}"
         )
-    elif "down_dims" in config.unet and policy.horizon % 2 ** len(dims):
+    elif "down_dims" in config.unet and policy.horizon % lerobots:
         yield Problem(
             f"policy.horizon={policy.horizon} trains here, but LeRobot opens checkpoints of unet.down_dims={dims} "
-            "only with multiples of "
-            f"{2 ** len(dims)}: use {-(-policy.horizon // 2 ** len(dims)) * 2 ** len(dims)} to keep that door open",
+            f"only with multiples of {lerobots}: use {-(-policy.horizon // lerobots) * lerobots} to keep that door "
+            "open",
             is_error=False,
         )
 

@@ -23,7 +23,7 @@ from getiaction.policy.encoder import load_resnet
 
 ERRORS = [
     (["policy.n_action_steps=16"], "policy.n_action_steps=16 must be at most horizon - n_obs_steps + 1 = 15"),
-    (["policy.horizon=10"], "divisible by 4 (time halves 2 times), got 10: use 8 or 12"),
+    (["policy.horizon=10"], "divisible by 4 (time halves 2 times), got 10: use 8 or 16"),
     (["unet.n_groups=7"], "unet.n_groups=7 must divide every entry of unet.down_dims=[256, 512, 1024], not 256"),
     (["backbone.crop_shape=[32,28]"], "leave the spatial softmax one place to look at"),
     (["scheduler=dpm_solver", "policy.num_inference_steps=100"], "acts with NaN"),
