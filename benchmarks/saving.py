@@ -47,6 +47,7 @@ def measure(preset: str, device: str, folder: Path, rounds: int) -> dict[str, An
             begin = time.perf_counter()
             trainer._save(Clock())
             found["aside_s" if trainer.saves_aside else "waiting_s"].append(round(time.perf_counter() - begin, 2))
+            assert not trainer.saves_aside or trainer.background._running is not None, "no memory for a copy"
             trainer.background.wait()
             if trainer.saves_aside:
                 found["aside_until_written_s"].append(round(time.perf_counter() - begin, 2))

@@ -16,7 +16,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, *WARNINGS)
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a request; a second Ctrl-C interrupts at once.
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a request; a second Ctrl-C interrupts.
 
     Yields a function that returns the signal's number, or 0.
     """

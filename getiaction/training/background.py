@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from typing import Any
 
-import psutil
 from torch import Tensor, nn
 
+from getiaction.machine import available_memory
 from getiaction.training.checkpoint import TrainingState
 
-SPARE = 2  # times the copy that the host must have room for: data and metrics go on growing
+SPARE = 2  # times what is saved: the copy, and half of it again, which writing copies
 
 
 class Background:
-    """Run one call at a time in a thread. What it raises comes out of the next `start` or `wait`, or of the context."""
+    """Run one call at a time in a thread. What it raises comes out of the next method, or at the end of the context."""
 
     def __init__(self) -> None:
         self._running: Future[Any] | None = None
@@ -26,7 +27,9 @@ class Background:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.wait()
+        while self._running is not None:
+            with contextlib.suppress(KeyboardInterrupt):  # who holds the folder lets go of it after this
+                self.wait()
 
     def start(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Wait for the call before, then begin this one."""
@@ -37,21 +40,30 @@ class Background:
 
     def wait(self) -> None:
         """Come back when nothing runs any more."""
-        running, self._running = self._running, None
-        if running is not None:
+        if self._running is not None:
+            wait([self._running])
+            self.check()
+
+    def check(self) -> None:
+        """Raise what the call raised, if it has ended."""
+        if self._running is not None and self._running.done():
+            running, self._running = self._running, None
             running.result()
 
 
 def has_room(policy: nn.Module, state: TrainingState) -> bool:
     """Tell whether the host's memory has room for copies of them."""
     size = sum(tensor.nbytes for tensor in chain(policy.parameters(), policy.buffers(), tensors_of(state)))
-    return SPARE * size < psutil.virtual_memory().available
+    return SPARE * size < available_memory()
 
 
 def policy_on_host(policy: nn.Module) -> nn.Module:
     """Return a copy of a policy whose weights and buffers are the host's own; the device needs no memory for it."""
     weights = {id(weight): nn.Parameter(on_host(weight), weight.requires_grad) for weight in policy.parameters()}
-    return copy.deepcopy(policy, weights | copies(policy.buffers()))
+    copied = copy.deepcopy(policy, weights | copies(policy.buffers()))
+    for name in ("forward", "_original_forward"):  # Accelerate's, methods of the copy: a circle that would outlive it
+        copied.__dict__.pop(name, None)
+    return copied
 
 
 def state_on_host(state: TrainingState) -> TrainingState:

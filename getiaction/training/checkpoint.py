@@ -13,11 +13,11 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import xxhash
@@ -130,10 +130,8 @@ class CheckpointStore:
 
 def readable_folder(parent: Path) -> Path:
     """Make a temporary folder that others may read, as far as this process's umask lets them."""
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    folder = parent / f".writing-{uuid4().hex}"
+    folder.mkdir()
     return folder
 
 

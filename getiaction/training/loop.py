@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -118,7 +118,7 @@ class Trainer:
         """
         plan = self.plan
         self.model.train()
-        with stop_on_signals() as stopping, self._progress() as bar, self.watchdog.watching(), self.background:
+        with stop_on_signals() as stopping, self._progress() as bar, self.background, self.watchdog.watching():
             clock = Clock()
             if self.step:  # what a run that was stopped here still owes
                 self._evaluate(clock, stopping)
@@ -126,6 +126,7 @@ class Trainer:
                 self._optimise(batches)
                 self.step += 1
                 self.watchdog.come_by()
+                self.background.check()
                 bar.update()
                 last = self.step == plan.max_steps
                 if last or self.step % plan.log_every == 0:
@@ -137,7 +138,8 @@ class Trainer:
                 self._evaluate(clock, stopping)
                 if not last and (number := self._agree(stopping())):
                     self._save(clock)
-                    raise SystemExit(128 + number)
+                    self._stop(clock, number)
+            self._settle(clock)
         return self.latest
 
     def _optimise(self, batches: list[Batch]) -> None:
@@ -196,7 +198,9 @@ class Trainer:
 
     def _advice(self, step: int, loss: float) -> str:
         """Explain a loss that is not finite: the step, its samples, and what helps."""
-        self.background.wait()
+        with self.watchdog.resting(), contextlib.suppress(Exception):  # the loss is the worse news
+            self.background.wait()
+        self.accelerator.wait_for_everyone()  # the end of one process would end the others
         ids, kept = self.batches.ids(step)[:64], [saved for saved in self.store.steps() if saved <= step]
         windows = self.batches.gatherer.windows
         frames = [f"{windows.indices[episode]}:{frame}" for episode, frame in zip(*windows.locate(ids), strict=True)]
@@ -232,7 +236,7 @@ class Trainer:
             self.plan.evaluate_last if last else is_due(self.step, self.plan.evaluate_every)
         ):
             return
-        self._save(clock)  # a kill costs nothing from here on
+        self._save(clock)  # a kill costs nothing from here on, or once that is written
         episodes = self.plan.final_episodes if last else self.plan.episodes
         if from_main(self.metrics.holds(self.step, "score", episodes=episodes)):
             return
@@ -247,7 +251,18 @@ class Trainer:
                 # last: it tells a resumed run that all this is done
                 self.metrics.write(self.step, **measured, episodes=episodes)
             else:
-                raise SystemExit(128 + self._any(stopping()))
+                self._stop(clock, self._any(stopping()))
+            self.accelerator.wait_for_everyone()
+
+    def _stop(self, clock: Clock, number: int) -> NoReturn:
+        """End this process as a signal asked, when all is written."""
+        self._settle(clock)
+        raise SystemExit(128 + number)
+
+    def _settle(self, clock: Clock) -> None:
+        """Wait until all is written, for each process: the first that ends may end the others."""
+        with self._pausing(clock):
+            self.background.wait()
             self.accelerator.wait_for_everyone()
 
     def _save(self, clock: Clock) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import torch
 from getiaction.errors import TrainingError
 from getiaction.training import background, loop
 from getiaction.training.background import Background, policy_on_host, state_on_host
-from getiaction.training.checkpoint import CheckpointStore, find_damage
+from getiaction.training.checkpoint import CheckpointStore
+from getiaction.training.ranks import Watchdog
 
 
 def test_a_checkpoint_holds_its_step_though_training_goes_on(
@@ -62,16 +66,30 @@ def test_copies_are_equal_and_share_nothing(tiny: Any, tmp_path: Path, ema: str)
     assert copied.optimizer["param_groups"] == state.optimizer["param_groups"]
 
 
-def test_a_failure_ends_the_run_with_what_it_says(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_ends_the_run_at_the_next_step(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    trainer = tiny.trainer(tmp_path)
+    trainer = tiny.trainer(tmp_path, "training.max_steps=100")
     trainer.saves_aside = True
     monkeypatch.setattr(trainer.store, "write_policy", fail)
+    monkeypatch.setattr(trainer, "_optimise", waiting_before(trainer, step=2))
     with pytest.raises(OSError, match="No space left"):
         trainer.fit()
+    assert trainer.step == 3
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def waiting_before(trainer: loop.Trainer, *, step: int) -> Callable[..., None]:
+    """Return `_optimise`, which before this step waits until all is written, whatever comes of it."""
+    optimise = trainer._optimise
+
+    def wait_and_optimise(batches: Any) -> None:
+        if trainer.step == step:
+            futures.wait([trainer.background._running])
+        optimise(batches)
+
+    return wait_and_optimise
 
 
 def test_without_room_on_the_host_training_waits(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,20 +105,49 @@ def test_without_room_on_the_host_training_waits(tiny: Any, tmp_path: Path, monk
     assert threads == [threading.main_thread().name] * 2
 
 
-def test_the_error_of_a_loss_names_the_checkpoint_that_was_on_its_way(tiny: Any, tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path, "optimizer.lr=1e30", "lr_scheduler.num_warmup_steps=0", "training.save_every=1")
+def test_the_error_of_a_loss_waits_for_the_checkpoint_that_is_on_its_way(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.trainer(tmp_path, "training.save_every=1")
     trainer.saves_aside = True
-    with pytest.raises(TrainingError) as error:
+    save, optimise, saved = trainer.store.save, trainer._optimise, threading.Event()
+
+    def save_late(*arguments: Any) -> None:
+        assert saved.wait(60)
+        time.sleep(0.3)  # nobody reads the folder before
+        save(*arguments)
+
+    def break_and_optimise(batches: Any) -> None:
+        if trainer.step == 1:
+            next(trainer.policy.parameters()).data.fill_(float("nan"))
+            saved.set()
+        optimise(batches)
+
+    monkeypatch.setattr(trainer.store, "save", save_late)
+    monkeypatch.setattr(trainer, "_optimise", break_and_optimise)
+    with pytest.raises(TrainingError, match="The last good checkpoint is step 1"):
         trainer.fit()
-    kept = trainer.store.steps()
-    assert (f"step {kept[-1]}" if kept else "No checkpoint") in str(error.value)
+
+
+def test_the_watchdog_looks_away_from_every_wait(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, seen = [False], []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: watched.append(True))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: watched.append(False))
+    wait = Background.wait
+    monkeypatch.setattr(Background, "wait", lambda aside: (seen.append(watched[-1]), wait(aside))[1])
+    trainer = tiny.trainer(tmp_path)
+    trainer.watchdog, trainer.saves_aside = Watchdog(60), True
+    trainer.fit()
+    assert True in watched
+    assert set(seen) == {False}
 
 
 def test_one_call_at_a_time_in_order_and_errors_come_out() -> None:
     running, seen = threading.Lock(), []
 
     def work(number: int) -> None:
-        assert running.acquire(blocking=False)
+        assert running.acquire(blocking=False), "two at once"
+        time.sleep(0.02)
         seen.append(number)
         running.release()
         if number == 2:
@@ -112,16 +159,41 @@ def test_one_call_at_a_time_in_order_and_errors_come_out() -> None:
         with pytest.raises(ValueError, match="two"):
             aside.start(work, 3)
         aside.wait()
+        aside.check()
         aside.start(work, 4)
     assert seen == [0, 1, 2, 4]
 
 
+def test_ctrl_c_does_not_leave_a_call_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, interrupts = threading.Event(), [KeyboardInterrupt, KeyboardInterrupt]
+    wait = Background.wait
+
+    def interrupted(aside: Background) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        ended.set()
+        wait(aside)
+
+    def work() -> None:
+        assert ended.wait(60)
+
+    with Background() as aside:
+        aside.start(work)
+        monkeypatch.setattr(Background, "wait", interrupted)
+    assert aside._running is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_a_run_saves_aside_and_nothing_of_the_copy_is_on_the_device(tiny: Any, tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path, "hardware.device=cuda", "hardware.mixed_precision=no")
-    assert trainer.saves_aside
-    trainer.fit()
+def test_on_a_gpu_a_run_saves_aside_what_one_that_waits_saves(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    for name in ("aside", "waiting"):
+        trainer = tiny.trainer(
+            tmp_path / name, "hardware.device=cuda", "training.max_steps=40", "training.save_every=10"
+        )
+        assert trainer.saves_aside
+        trainer.saves_aside = name == "aside"
+        trainer.fit()
+    for step in (10, 20, 30, 40):
+        helpers.assert_same_bits(tmp_path / "aside", tmp_path / "waiting", step=step)
     policy, state = policy_on_host(trainer.best), state_on_host(trainer._state())
     kept = [*policy.parameters(), *policy.buffers(), *background.tensors_of(state)]
     assert {tensor.device.type for tensor in kept} == {"cpu"}
-    assert [find_damage(tmp_path / "checkpoints" / f"{step:06d}") for step in (2, 4)] == [None, None]
