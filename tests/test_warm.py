@@ -54,19 +54,23 @@ def test_another_environment_starts_cold(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 STARTS = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
-started = subprocess.Popen([sys.executable, "-u", "-m", "started"], env={**os.environ, "RANK": "1"})
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+env = {**os.environ, "RANK": "1"}
+started = subprocess.Popen([sys.executable, "-u", "-m", "started"], env=env, start_new_session=True)
 assert "torch" in sys.modules and "huggingface_hub" not in sys.modules
 print(os.getpid(), started.pid, started.wait(), flush=True)
 started = subprocess.Popen([sys.executable, "-m", "started"], start_new_session=True)
-Path("pid").write_text(str(started.pid))
+Path("new").write_text(str(started.pid))
+Path("new").rename("pid")
 time.sleep(1000)
 """
 STARTED = """
-import os, sys, time
+import os, signal, sys, time
 
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 print(os.getppid(), os.getpid(), os.environ.get("RANK"), "torch" in sys.modules)
 if "RANK" in os.environ:
     os._exit(7)
@@ -80,8 +84,10 @@ def test_what_a_fork_starts_is_its_child_and_forked_and_can_read_another_hub(tmp
     with (tmp_path / "said").open("w") as said:
         env = {**os.environ, "HF_HOME": str(tmp_path)}
         process = warm.start("-m", "starts", cwd=tmp_path, env=env, stdout=said, stderr=said)
+    deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists():
         assert process.poll() is None, (tmp_path / "said").read_text()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     first, second = (tmp_path / "said").read_text().split("\n")[:2]
     assert first.split() == [str(process.pid), second.split()[1], "1", "True"]

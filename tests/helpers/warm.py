@@ -2,7 +2,8 @@
 
 A server has imported them, and forks. What it forks imports our code, is a child of the process that asked, dies of
 the signals that it is sent, and ends as any Python does. What it starts itself as `python -m` is forked as well, by a
-server of its own: the launcher of several processes, and each of them. What a package reads of the environment when
+server of its own, if in a new session: the launcher of several processes, and each of them. A fork inherits the
+signals that are ignored, as any process does, but not limits or an umask. What a package reads of the environment when
 it is imported must be as it was: a command with another environment starts cold. All forks of a server hash strings
 alike, and would not miss an import that another package makes: so some commands of each entry point should start cold.
 """
@@ -17,6 +18,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -68,13 +70,13 @@ class Started(subprocess.Popen[Any]):
         options = {"cwd", "env", "stdout", "stderr", "start_new_session"}
         env = dict(os.environ) if named.get("env") is None else named["env"]
         files = (0, named.get("stdout"), named.get("stderr"))
-        is_alike = not rest and options.issuperset(named) and subprocess.PIPE not in files
+        is_alike = not rest and options.issuperset(named) and named.get("start_new_session")
+        is_alike = is_alike and subprocess.PIPE not in files  # nor does it share its own server's session
         if not (is_module(args) and is_alike) or has_changed(env, hub=HUB_IS_IMPORTED):
             super().__init__(args, *rest, **named)
             return
         assert OWN is not None
-        cwd, is_new = named.get("cwd"), named.get("start_new_session", False)
-        Forked.__init__(self, ask(OWN, args[1:], cwd, env, files, is_new), args)  # type: ignore[arg-type]
+        Forked.__init__(self, ask(OWN, args[1:], named.get("cwd"), env, files, True), args)  # type: ignore[arg-type]
 
 
 def is_module(args: Any) -> bool:
@@ -118,7 +120,8 @@ def ask(
     """Let a server fork; return the new process, a child of this one."""
     numbers = [number if stream is None else as_number(stream) for number, stream in enumerate(streams)]
     files = [numbers[1] if number == subprocess.STDOUT else number for number in numbers]
-    request = json.dumps([list(arguments), str(cwd or Path.cwd()), env, start_new_session]).encode()
+    ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
+    request = json.dumps([list(arguments), str(cwd or Path.cwd()), env, start_new_session, ignored]).encode()
     assert len(request) < LARGEST
     assert min(files) >= 0, "no pipes: give files"
     prctl = ctypes.CDLL(None).prctl
@@ -207,7 +210,9 @@ def serve(channel: socket.socket) -> list[str] | None:
         if os.fork():
             os._exit(0)
         channel.close()
-        arguments, cwd, env, is_new_session = json.loads(request)
+        arguments, cwd, env, is_new_session, ignored = json.loads(request)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
         for number, file in enumerate(files):
             os.dup2(file, number)
         for file in (ends[0], *files):
