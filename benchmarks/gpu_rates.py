@@ -105,7 +105,7 @@ def encoder(bench: Bench) -> dict[str, Any]:
 
 
 def saving(bench: Bench) -> dict[str, Any]:
-    """Time checkpoints, for which training stands still: `benchmarks.saving`."""
+    """Time how long training stands still for a checkpoint: `benchmarks.saving`."""
     from benchmarks.saving import PRESETS, measure
 
     for preset in PRESETS[:1] if bench.small else PRESETS:

@@ -40,7 +40,7 @@ READ_AT_IMPORT = ("ARROW", "ATEN_", "CUDA", "DIFFUSERS", "DNNL_", "GOMP", "HF", 
 READ_AT_IMPORT += ("MKL", "MPL", "OMP", "ONEDNN_", "OPENBLAS", "PYTHON", "PYTORCH_", "TMPDIR", "TORCHDYNAMO", "TORCH_")
 READ_AT_IMPORT += ("TQDM", "TRITON", "WANDB", "XDG")
 READ_BY_THE_HUB = ("HF",)
-READ_LATER = {"HF_LEROBOT_HOME", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # the second, see `serve`
+READ_LATER = {"HF_LEROBOT_HOME", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # the second, see `take_over`
 AT_START = dict(os.environ)
 ALONE = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
 """No threads but the one that forks: a fork would not have them."""
@@ -100,10 +100,11 @@ def start(
         return subprocess.Popen(
             command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session, text=True
         )
+    channel = server(hubs[0])
     try:
-        pid = ask(server(hubs[0]), arguments, cwd, env, (0, stdout, stderr), start_new_session)
+        pid = ask(channel, arguments, cwd, env, (0, stdout, stderr), start_new_session)
     except BaseException:  # an answer may come yet, which the next one must not take for its own
-        server(hubs[0]).close()
+        channel.close()
         server.cache_clear()
         raise
     return Forked(pid, command)
