@@ -1,7 +1,7 @@
-"""Build a policy's ONNX graph: three parts, each exported by PyTorch once, with the denoising step in a loop.
+"""Build a policy's ONNX graph: two parts, each exported by PyTorch once, with the denoising step in a loop.
 
-The first part takes the observations and gives what every step needs of them, the second is one denoising step, the
-third brings the sample back to the dataset's units. ONNX's `Scan` runs the second for each step, so neither the time to
+The first part takes the observations and gives what every step needs of them, and brings the denoised sample back to
+the dataset's units; the second is one denoising step. ONNX's `Scan` runs it for each step, so neither the time to
 export nor the graph grows with the number of steps, and the U-Net's weights are there once. ONNX Runtime takes as long
 as for the steps one after the other: benchmarks/NOTES.md.
 Source: https://onnx.ai/onnx/operators/onnx__Scan.html
@@ -27,7 +27,7 @@ from getiaction.policy.steps import Step, clip_of, known_steps
 NOISE, CHUNK, STEP_NOISE = "noise", "action", "step_noise"
 NUMBERS = "abcde"  # of a step; s is multiplied with the noise beforehand
 ADDED, DENOISED = "added_noise", "denoised"
-PARTS = 3
+PARTS = 2
 
 
 class ChunkGraph(nn.Module):
@@ -75,8 +75,8 @@ class ChunkGraph(nn.Module):
         return unet.modulation(self.timesteps, policy.encode(policy.normalizer(prepared)))
 
 
-class BeforeSteps(nn.Module):
-    """Compute what all steps take of the observations and of the noise."""
+class AroundSteps(nn.Module):
+    """Compute what all steps take of the observations and of the noise, and bring what they make to its units."""
 
     def __init__(self, graph: ChunkGraph, unet: ConditionalUnet1d) -> None:
         super().__init__()
@@ -87,12 +87,18 @@ class BeforeSteps(nn.Module):
         self.rows = torch.tensor([row.get(number, 0) for number in range(len(graph.steps))])  # (S,)
         self.scales = torch.tensor([step.s for step in graph.steps])  # (S,)
 
-    def forward(self, step_noise: Tensor | None, *observations: Tensor) -> tuple[Tensor, ...]:
-        """Return the noise that each step adds, (S, B, T, Da), where any does, and the values of each FiLM layer."""
-        films = self.whole.films(self.unet, observations)
+    def forward(self, denoised: Tensor, step_noise: Tensor | None, *observations: Tensor) -> tuple[Tensor, ...]:
+        """Return the chunk, (B, Ta, Da), the noise that each step adds, (S, B, T, Da), if any does, and FiLM's values.
+
+        Args:
+            denoised: (B, T, Da), which depends on all that follows the chunk.
+            step_noise: as in `ChunkGraph`.
+            observations: as in `ChunkGraph`.
+        """
+        chunk, films = self.whole.policy.executed(denoised), self.whole.films(self.unet, observations)
         if step_noise is None:
-            return tuple(films)
-        return step_noise.index_select(0, self.rows) * self.scales[:, None, None, None], *films
+            return chunk, *films
+        return chunk, step_noise.index_select(0, self.rows) * self.scales[:, None, None, None], *films
 
 
 class OneStep(nn.Module):
@@ -112,18 +118,6 @@ class OneStep(nn.Module):
             clean = clean.clamp(-self.clip, self.clip)
         following = weighted(given, c=clean, d=sample, e=output)
         return following + given[ADDED] if ADDED in given else following
-
-
-class AfterSteps(nn.Module):
-    """Bring the denoised sample back to the dataset's units."""
-
-    def __init__(self, policy: DiffusionPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, sample: Tensor) -> Tensor:
-        """Map (B, T, Da) to (B, Ta, Da)."""
-        return self.policy.executed(sample)
 
 
 def weighted(given: Mapping[str, Tensor], **parts: Tensor) -> Tensor:
@@ -148,24 +142,22 @@ def to_onnx(graph: ChunkGraph, inputs: Mapping[str, Tensor], bar: tqdm) -> Any:
     """Return the ONNX model of a graph, with what a control loop must know in its metadata; move `bar` by PARTS."""
     noise, *others = in_order(graph, inputs)
     unet = in_rows(graph.policy.diffusion.unet)
-    before = BeforeSteps(graph, unet)
-    values, numbers = before(*others), numbers_of(graph.steps)
-    added = [ADDED] if STEP_NOISE in inputs else []
+    around = AroundSteps(graph, unet)
+    _, *values = around(noise, *others)
+    numbers, added = numbers_of(graph.steps), [ADDED] if STEP_NOISE in inputs else []
     made = [*added, *(f"film.{number}" for number in range(len(values) - len(added)))]
     taken = [*numbers, *made]
     slices = [value[0] for value in (*numbers.values(), *values)]
 
-    bar.set_postfix_str("what comes before the steps")
-    model = exported(before, tuple(others), [key for key in inputs if key != NOISE], made)
+    bar.set_postfix_str("what is around the steps")
+    names = [key for key in inputs if key != NOISE]
+    model = exported(around, (noise, *others), [DENOISED, *names], [CHUNK, *made])
     bar.update()
     bar.set_postfix_str("the denoising step")
     step = exported(OneStep(unet, graph.clip, [*numbers, *added]), (noise, *slices), ["sample", *taken], ["following"])
     bar.update()
-    bar.set_postfix_str("what comes after the steps")
-    after = exported(AfterSteps(graph.policy), (noise,), [DENOISED], [CHUNK])
-    bar.update()
 
-    join(model.graph, step.graph, after.graph, taken, numbers, inputs[NOISE].shape)
+    join(model.graph, step.graph, taken, numbers)
     for key, value in described(graph).items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
@@ -186,31 +178,36 @@ def exported(part: nn.Module, arguments: tuple[Tensor | None, ...], inputs: list
     return model
 
 
-def join(graph: Any, step: Any, after: Any, taken: list[str], numbers: Mapping[str, Tensor], shape: torch.Size) -> None:
-    """Extend `graph`, which makes what the steps have `taken`, by a loop over `step`, and by `after`.
+def join(graph: Any, step: Any, taken: list[str], numbers: Mapping[str, Tensor]) -> None:
+    """Put a loop over `step` into `graph`, after what it has `taken`, and before all that takes what it makes.
 
     Args:
-        graph: what comes before the steps, an ONNX graph, as `step` and `after` are.
+        graph: what is around the steps, an ONNX graph, as `step` is.
         taken: names of what the loop goes through, in the order of the step's inputs; `numbers` are among them.
         numbers: (S,) each.
-        shape: (B, T, Da).
     """
-    from onnx import TensorProto, compose, helper, numpy_helper
+    from onnx import compose, helper, numpy_helper
 
-    # names within a loop must be others than outside
-    compose.add_prefix_graph(step, "step/", inplace=True)
-    compose.add_prefix_graph(after, "after/", rename_inputs=False, rename_outputs=False, inplace=True)
-    graph.input.insert(0, helper.make_tensor_value_info(NOISE, TensorProto.FLOAT, list(shape)))
+    compose.add_prefix_graph(step, "step/", inplace=True)  # names within a loop must be others than outside
+    (sample,) = (one for one in graph.input if one.name == DENOISED)
+    sample.name = NOISE  # of the same shape
     graph.initializer.extend(numpy_helper.from_array(values.numpy(), name) for name, values in numbers.items())
+    nodes, late = list(graph.node), {DENOISED}
+    for node in nodes:  # in the order of their computation
+        if late.intersection(node.input):
+            late.update(node.output)
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if not late.intersection(node.output))
     loop = graph.node.add(op_type="Scan", name="steps", input=[NOISE, *taken], output=[DENOISED])
     loop.attribute.append(helper.make_attribute("num_scan_inputs", len(taken)))
     body = loop.attribute.add(name="body", type=helper.AttributeProto.GRAPH)
     body.g.CopyFrom(step)  # the weights are in here, where OpenVINO and ONNX Runtime take them for constants
-    graph.node.extend(after.node)
-    graph.initializer.extend(after.initializer)
-    graph.value_info.extend(after.value_info)
+    graph.node.extend(node for node in nodes if late.intersection(node.output))
+    chunk = next(one for one in graph.output if one.name == CHUNK)
+    kept = type(chunk)()
+    kept.CopyFrom(chunk)
     del graph.output[:]
-    graph.output.extend(after.output)
+    graph.output.append(kept)
 
 
 def described(graph: ChunkGraph) -> dict[str, str]:

@@ -53,12 +53,9 @@ def draw_trajectories(sampled: Sampled, path: Path) -> Path:
 
     chosen = np.unique(np.linspace(0, len(sampled.predicted) - 1, PANELS).astype(int))
     figure = Figure(figsize=(12, 6))
-    grid = figure.subplots(2, PANELS // 2)
     figure.subplots_adjust(left=0.05, bottom=0.05, right=0.99, top=0.92, wspace=0.25, hspace=0.13)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for axes, index in zip(grid.flat, chosen, strict=False):
-        axes.set_visible(True)
+    for place, index in enumerate(chosen, 1):
+        axes = figure.add_subplot(2, PANELS // 2, place)
         for name, chunk, style in (("recorded", sampled.recorded, "o-"), ("sampled", sampled.predicted, "x--")):
             actions = chunk[index].numpy()  # (Ta, Da)
             if actions.shape[1] == 2:
@@ -68,7 +65,7 @@ def draw_trajectories(sampled: Sampled, path: Path) -> Path:
                 axes.set_prop_cycle(None)
                 axes.plot(actions[:, :6], style[1:], label=[f"{name} {dim}" for dim in range(min(6, actions.shape[1]))])
         axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     figure.suptitle(
         f"actions on held-out episodes; mean absolute error {sampled.mean_absolute_error:.3g} (dataset units)"
     )

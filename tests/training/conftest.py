@@ -119,6 +119,18 @@ def _own_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture
+def drawn() -> None:
+    """Let a run in this process draw its report, as every run in one of its own does."""
+
+
+@pytest.fixture(autouse=True)
+def _draws_for_who_looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no report unless a test asks for it to be `drawn`: it takes longer than a tiny run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("getiaction.report.run.draw_report", lambda *_: [])
+
+
 @pytest.fixture(autouse=True)
 def _end_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """End the processes that a failed test has left behind, with what they started."""

@@ -307,7 +307,7 @@ def test_without_averaging_the_raw_weights_are_the_policy(tiny: Any, tmp_path: P
     assert all(torch.equal(value, policy[key]) for key, value in raw.items())
 
 
-def test_without_held_out_episodes_there_is_no_validation(tiny: Any, tmp_path: Path) -> None:
+def test_without_held_out_episodes_there_is_no_validation(tiny: Any, tmp_path: Path, drawn: None) -> None:
     metrics = tiny.train(tmp_path, "dataset.val_fraction=0")
     assert set(metrics) == {"loss"}
     assert not [line for line in read_metrics(tmp_path) if "val_loss" in line]

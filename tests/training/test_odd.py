@@ -34,7 +34,7 @@ def data(make_dataset) -> Callable[..., str]:
 
 @pytest.mark.parametrize("pictures", [False, True], ids=["states", "pictures"])
 def test_a_single_episode_trains_without_validation(
-    data, tiny: Any, helpers: Any, tmp_path: Path, pictures: bool
+    data, tiny: Any, helpers: Any, tmp_path: Path, pictures: bool, drawn: None
 ) -> None:
     more = helpers.WITH_PICTURES if pictures else ()
     tiny.train(tmp_path / "run", data(20), *more)

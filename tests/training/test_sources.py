@@ -140,7 +140,7 @@ def test_the_loss_over_all_is_what_it_was(tiny: Any, tmp_path: Path, roots: tupl
 
 
 def test_a_source_that_holds_nothing_out_has_no_number(
-    tiny: Any, tmp_path: Path, roots: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    tiny: Any, tmp_path: Path, roots: tuple[Path, Path], capsys: pytest.CaptureFixture[str], drawn: None
 ) -> None:
     one, other = roots
     sources = f"dataset.sources=[{{root: '{one}', val_episodes: []}}, {{root: '{other}', val_episodes: [1]}}]"

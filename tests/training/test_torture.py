@@ -7,11 +7,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from getiaction.training.metrics import read_metrics
 
@@ -25,15 +25,12 @@ def torture(tiny: Any, folder: Path, accidents: list[dict[str, Any]]) -> list[di
     Every second run saves aside, as on a GPU.
     """
     overrides = tiny.overrides(*LONG, "hardware.num_threads=1")
-    accidents = [{**accident, "aside": number % 2 == 0} for number, accident in enumerate(accidents)]
-    plan = [{"folder": str(folder), "overrides": overrides, "accident": accident} for accident in (*accidents, {})]
+    accidents = [*({**accident, "aside": number % 2 == 0} for number, accident in enumerate(accidents)), {}]
     file = folder.with_name("plan.json")
-    file.write_text(json.dumps(plan))
-    script = Path(__file__).with_name("torture.py")
-    command = [sys.executable, str(script), str(file)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    file.write_text(json.dumps({"folder": str(folder), "overrides": overrides, "accidents": accidents}))
+    finished = warm.run("-m", "torture", str(file), cwd=Path(__file__).parent, timeout=400)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(plan), finished.stderr[-3000:]
+    assert len(lines) == len(accidents), finished.stderr[-3000:]
     return [json.loads(line) for line in lines]
 
 
