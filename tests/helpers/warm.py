@@ -252,7 +252,7 @@ def warm_up() -> None:
     axes.legend()
     figure.savefig(io.BytesIO())
     parser = importlib.import_module("hydra.core.override_parser.overrides_parser").OverridesParser.create()
-    parser.parse_overrides(["+one=word", "a.b=null", "a.c=-1.5e-3", "d='it is [1]'", "e=[1,{f: 'two'}]", "g=true,false"])
+    parser.parse_overrides(["+one=word", "a.b=null", "a.c=-1.5e-3", "d='it is [1]'", "e=[1,{f: 'two'}]"])
 
 
 def take_over(own: socket.socket, cwd: Path, env: dict[str, str]) -> None:
