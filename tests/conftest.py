@@ -144,9 +144,9 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
 
         import torch
         import yaml
+        from composing import compose
 
         from getiaction.config.build import build_policy
-        from getiaction.config.compose import compose
         from getiaction.interop.lerobot import write_policy
         from getiaction.policy import Features
 

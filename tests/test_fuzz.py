@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from composing import compose
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from getiaction.check import check
 from getiaction.config.build import build_features, build_policy
-from getiaction.config.compose import CONF_DIR, compose, known_keys
+from getiaction.config.compose import CONF_DIR, known_keys
 from getiaction.config.data import load_data, make_windows
 from getiaction.config.run import start_accelerator
 from getiaction.config.schema import Config

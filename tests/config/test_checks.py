@@ -10,11 +10,11 @@ import pytest
 import torch
 import torchvision
 from accelerate import Accelerator
+from composing import compose
 
 from getiaction.check import check
 from getiaction.config.build import fetch_weights
 from getiaction.config.checks import check_config
-from getiaction.config.compose import compose
 from getiaction.config.dataset_checks import check_dataset
 from getiaction.config.memory import memory_advice, ran_out
 from getiaction.config.sources import find_data

@@ -16,10 +16,11 @@ import pytest
 import torch
 import warm
 import yaml
+from composing import compose
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from safetensors.torch import load_file
 
-from getiaction.config.compose import CONF_DIR, compose
+from getiaction.config.compose import CONF_DIR
 from getiaction.config.lightning import keys
 from getiaction.config.lightning.arguments import read_arguments
 from getiaction.config.lightning.translate import translate

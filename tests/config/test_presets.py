@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from composing import compose
 
 from getiaction.config.checks import check_config
-from getiaction.config.compose import CONF_DIR, compose, known_keys
+from getiaction.config.compose import CONF_DIR, known_keys
 from getiaction.config.value_checks import look_up
 from getiaction.train import train
 

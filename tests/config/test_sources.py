@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+from composing import compose
 
 from getiaction.config.checks import check_config
-from getiaction.config.compose import compose
 from getiaction.config.dataset_checks import check_dataset
 from getiaction.config.sources import find_data
 from getiaction.errors import InputError

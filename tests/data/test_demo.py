@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from composing import compose
 
 from getiaction.config.build import observation_keys
-from getiaction.config.compose import compose
 from getiaction.data.metadata import find_dataset
 from getiaction.random import Purpose, derive_seed
 from getiaction.simulation.demonstrations import demonstrate

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composing import compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from getiaction.config.build import build_mirror
-from getiaction.config.compose import compose
 from getiaction.data.batches import Share, TrainingBatches
 from getiaction.data.gather import Gatherer
 from getiaction.data.mirror import Mirror

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composing import compose
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeRobotPolicy
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from getiaction.config.build import build_policy
-from getiaction.config.compose import compose
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import CONFIG, EXTRA, PREPROCESSOR_STATE, WEIGHTS

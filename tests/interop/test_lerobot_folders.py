@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from composing import compose
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeRobotPolicy
@@ -21,7 +22,6 @@ from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from getiaction.config.compose import compose
 from getiaction.errors import InputError
 from getiaction.interop.description import describe
 from getiaction.interop.layout import CONFIG, EXTRA, POSTPROCESSOR, PREPROCESSOR, PREPROCESSOR_STATE, WEIGHTS

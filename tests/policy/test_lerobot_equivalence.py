@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composing import compose
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeRobotPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor, nn
 
 from getiaction.config.build import build_policy
-from getiaction.config.compose import CONF_DIR, compose
+from getiaction.config.compose import CONF_DIR
 from getiaction.config.schema import Config
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot

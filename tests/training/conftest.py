@@ -17,10 +17,10 @@ import pytest
 import torch
 import warm
 from accelerate.state import AcceleratorState
+from composing import compose
 from safetensors.torch import load_file
 
 from getiaction.config import run
-from getiaction.config.compose import compose
 from getiaction.config.overrides import quote
 from getiaction.config.resume import resumed_config
 from getiaction.config.schema import Config

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from composing import compose
 from safetensors.torch import load_file
 
-from getiaction.config.compose import compose
 from getiaction.config.resume import resumed_config
 from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics

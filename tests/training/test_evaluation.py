@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from composing import compose
 
 from getiaction.config.checks import check_config
-from getiaction.config.compose import compose
 from getiaction.errors import InputError
 from getiaction.interop.lerobot import load_policy
 from getiaction.training.metrics import read_metrics

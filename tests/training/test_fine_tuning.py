@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from composing import compose
 from safetensors.torch import load_file
 
-from getiaction.config.compose import compose
 from getiaction.config.resume import resumed_config
 from getiaction.errors import InputError
 from getiaction.interop.layout import EXTRA, WEIGHTS
