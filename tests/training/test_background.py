@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import torch
 from getiaction.errors import TrainingError
 from getiaction.training import background, loop
 from getiaction.training.background import Background, policy_on_host, state_on_host
-from getiaction.training.checkpoint import CheckpointStore
+from getiaction.training.checkpoint import CheckpointStore, find_damage
+from getiaction.training.metrics import read_metrics
 from getiaction.training.ranks import Watchdog
 
 
@@ -140,6 +142,63 @@ def test_the_watchdog_looks_away_from_every_wait(tiny: Any, tmp_path: Path, monk
     trainer.fit()
     assert True in watched
     assert set(seen) == {False}
+
+
+ASIDE = """
+import threading, time, torch
+from getiaction.training.checkpoint import CheckpointStore
+from getiaction.training.loop import Trainer
+
+fit, save = Trainer.fit, CheckpointStore.save
+
+
+def fit_aside(trainer):
+    trainer.saves_aside = True
+    return fit(trainer)
+
+
+def save_slowly(store, *saved):
+    time.sleep(0.5)  # for some steps, and the end
+    print("saved in", threading.current_thread().name, flush=True)
+    return save(store, *saved)
+
+
+Trainer.fit, CheckpointStore.save = fit_aside, save_slowly
+
+
+class Adam(torch.optim.Adam):
+    pass
+"""
+
+
+def test_processes_wait_for_what_one_of_them_saves_aside(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    (tmp_path / "aside.py").write_text(ASIDE)  # where the runs are started
+    two = ("hardware.num_processes=2", "hardware.num_threads=1", "training.max_steps=6")
+    process = tiny.start(tmp_path / "aside", *two, "optimizer._target_=aside.Adam")
+    assert helpers.finish(process) == 0, helpers.said(tmp_path / "aside")
+    assert helpers.said(tmp_path / "aside").count("saved in saving") == 3
+    process = tiny.start(tmp_path / "waiting", *two, "optimizer._target_=torch.optim.Adam")
+    assert helpers.finish(process) == 0, helpers.said(tmp_path / "waiting")
+    assert helpers.steps_saved(tmp_path / "aside") == [2, 4, 6]
+    for step in (2, 4, 6):
+        assert find_damage(tmp_path / "aside/checkpoints" / f"{step:06d}") is None
+        one, other = (helpers.final_state(tmp_path / name, step) for name in ("aside", "waiting"))
+        assert one.keys() == other.keys()
+        assert not [key for key, value in one.items() if not torch.equal(value, other[key])]
+    assert helpers.losses(tmp_path / "aside") == helpers.losses(tmp_path / "waiting")
+
+
+def test_a_signal_to_processes_ends_after_what_is_saved_aside(tiny: Any, helpers: Any, tmp_path: Path) -> None:
+    (tmp_path / "aside.py").write_text(ASIDE)
+    two = ("hardware.num_processes=2", "hardware.num_threads=1", "training.max_steps=600", "training.save_every=3")
+    folder = tmp_path / "run"
+    process = tiny.start(folder, *two, "optimizer._target_=aside.Adam", "training.keep_checkpoints=null")
+    helpers.wait_until(lambda: len(helpers.losses(folder)) > 3, process, folder)  # the first is on its way
+    assert helpers.kill(process, signal.SIGTERM) == 143
+    assert "saved in saving" in helpers.said(folder)
+    last = helpers.steps_saved(folder)[-1]
+    assert last == read_metrics(folder)[-1]["step"] < 600
+    assert all(find_damage(path) is None for path in folder.glob("checkpoints/[0-9]*"))
 
 
 def test_one_call_at_a_time_in_order_and_errors_come_out() -> None:
