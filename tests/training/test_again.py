@@ -25,7 +25,7 @@ from getiaction.errors import InputError
 from getiaction.files import claimed
 from getiaction.training.metrics import read_metrics
 
-LONG = ("training.max_steps=240", "training.save_every=120", "training.log_every=2", "hardware.num_threads=1")
+LONG = ("training.max_steps=120", "training.save_every=60", "training.log_every=2", "hardware.num_threads=1")
 
 
 def sweep(tiny: Any, folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -53,13 +53,13 @@ def test_a_job_that_fails_does_not_end_the_sweep_and_started_again_it_skips_what
 
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(tiny: Any, helpers: Any, tmp_path: Path) -> None:
-    jobs = ("seed=0,1", "training.max_steps=250", "training.save_every=20", "training.log_every=1")
+    jobs = ("seed=0,1", "training.max_steps=100", "training.save_every=20", "training.log_every=1")
     process = sweep(tiny, tmp_path / "one", *jobs)
     runs = tmp_path / "outputs/pusht_cpu"
     helpers.wait_until(lambda: any(runs.glob("sweep_*/1/checkpoints/[0-9]*")), process, tmp_path / "one")
     helpers.kill(process, signal.SIGKILL)
     (folder,) = runs.iterdir()
-    assert max(helpers.steps_saved(folder / "1")) < 250
+    assert max(helpers.steps_saved(folder / "1")) < 100
     assert helpers.finish(sweep(tiny, tmp_path / "two", *jobs)) == 0, helpers.said(tmp_path / "two")
     said = helpers.said(tmp_path / "two")
     assert f"{folder / '0'} is complete" in said
@@ -124,12 +124,12 @@ def test_a_warning_of_slurm_saves_and_requeues_and_the_same_command_goes_on(
     assert helpers.kill(process, signal.SIGUSR1) == 128 + signal.SIGUSR1
     assert asked.read_text() == "requeue 417\n"
     (step,) = helpers.steps_saved(folder)
-    assert step < 240
+    assert step < 120
     again = tiny.start_command(tmp_path / "run", *command)
     assert helpers.finish(again) == 0, helpers.said(tmp_path / "run")
-    assert f"resuming {folder} at step {step} of 240" in helpers.said(tmp_path / "run")
+    assert f"resuming {folder} at step {step} of 120" in helpers.said(tmp_path / "run")
     tiny.fit(tmp_path / "alone", *LONG)
-    helpers.assert_same_bits(folder, tmp_path / "alone", step=240)
+    helpers.assert_same_bits(folder, tmp_path / "alone", step=120)
     once_more = tiny.start_command(tmp_path / "run", *command)
     assert helpers.finish(once_more) == 0
     assert f"{folder} is complete" in helpers.said(tmp_path / "run")
