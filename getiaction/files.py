@@ -20,6 +20,11 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, er
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def default_cache_dir() -> Path:
+    """Return `$GETIACTION_CACHE`, or `~/.cache/getiaction`."""
+    return Path(os.environ.get("GETIACTION_CACHE", Path.home() / ".cache" / "getiaction")).expanduser()
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: it has its old content, or the new."""
     temporary = path.with_name(f".{path.name}.new")

@@ -27,7 +27,7 @@ from getiaction.data.episodes import Episodes, back_to_back, read_low_dimensiona
 from getiaction.data.frames import decode_camera
 from getiaction.data.metadata import CACHE_FILE, DatasetMetadata, fetch_files, image_shape
 from getiaction.errors import InputError
-from getiaction.files import is_full, replace_text
+from getiaction.files import default_cache_dir, is_full, replace_text
 from getiaction.progress import redraw_seconds
 
 FORMAT = 1
@@ -40,11 +40,6 @@ VECTORS = "vectors.safetensors"
 AGAIN = "copy it again, or delete it"
 
 Size = tuple[int, int]
-
-
-def default_cache_dir() -> Path:
-    """Return `$GETIACTION_CACHE`, or `~/.cache/getiaction`."""
-    return Path(os.environ.get("GETIACTION_CACHE", Path.home() / ".cache" / "getiaction")).expanduser()
 
 
 def load_episodes(

@@ -20,15 +20,16 @@ class Copy:
     only `weight.data[some] = ...` changes may stay unseen: write `with torch.no_grad(): weight[some] = ...`.
 
     Args:
-        weight: a matrix, or the transpose of one. It may change, but must stay where it is.
-        source: a view of it, whose order the copy has.
+        weight: some numbers in any order. They may change, but must stay where they are.
+        source: a view of them, whose order the copy has.
         dtype: what the copy is in.
+        width: of the copy's last dimension, with zeros at its end; None: as in the source.
     """
 
-    def __init__(self, weight: Tensor, source: Tensor, dtype: torch.dtype) -> None:
-        self.copy = torch.empty(source.shape, dtype=dtype, device=source.device)
-        self._source = source
-        flat = (weight if weight.is_contiguous() else weight.t()).view(-1)
+    def __init__(self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None) -> None:
+        self.copy = torch.zeros((*source.shape[:-1], width or source.shape[-1]), dtype=dtype, device=source.device)
+        self._source, self._own = source, self.copy[..., : source.shape[-1]]
+        flat = in_order(weight)
         self._few = flat[:: flat.numel() // LOOKED_AT | 1]  # odd: not one column only
         self._seen: tuple[int | None, Tensor] | None = None
 
@@ -37,7 +38,7 @@ class Copy:
         count = None if self._few.is_inference() else self._few._version
         if self._seen is not None and self._seen[0] == count and torch.equal(self._seen[1], self._few):
             return
-        self.copy.copy_(self._source)
+        self._own.copy_(self._source)
         self._seen = count, self._few.clone()
 
 
@@ -47,12 +48,21 @@ class Copies:
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Copy] = {}
 
-    def find(self, weight: Tensor, source: Tensor, dtype: torch.dtype) -> Copy:
+    def find(self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None) -> Copy:
         """Return the copy of a weight, or make it; see `Copy`."""
-        key = source.data_ptr(), source.shape, source.stride(), dtype
+        key = source.data_ptr(), source.shape, source.stride(), dtype, width
         if key not in self._kept:
-            self._kept[key] = Copy(weight, source, dtype)
+            self._kept[key] = Copy(weight, source, dtype, width)
         return self._kept[key]
+
+
+def in_order(weight: Tensor) -> Tensor:
+    """View a weight as (n,), in the order of its memory; every other number where it is part of another.
+
+    Raises:
+        RuntimeError: its numbers do not lie at equal distances.
+    """
+    return weight.permute(sorted(range(weight.ndim), key=weight.stride, reverse=True)).view(-1)
 
 
 @cache

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.fast.copies import Copies
+from getiaction.policy.fast.native import find_library
+from getiaction.policy.fast.native_unet import ROWS, NativeUnet
 from getiaction.policy.fast.unrolled import OtherLayerError, Plan, UnrolledUnet, multiplied_in
 from getiaction.policy.fast.watch import Held
 from getiaction.policy.unet import ConditionalUnet1d
@@ -39,7 +41,12 @@ class Unrolled:
             OtherLayerError: the network cannot be unrolled.
         """
         if plan not in self.plans:
-            self.plans[plan] = UnrolledUnet(unet, plan, self.copies)
+            is_small = plan.dtype == torch.float32 and plan.batch_size * plan.horizon <= ROWS
+            library = find_library() if is_small else None
+            if library is not None:
+                self.plans[plan] = NativeUnet(unet, plan, self.copies, library)
+            else:
+                self.plans[plan] = UnrolledUnet(unet, plan, self.copies)
             if len(self.plans) > PLANS:
                 self.plans.popitem(last=False)
         self.plans.move_to_end(plan)

@@ -46,6 +46,12 @@ def denoise(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> tuple[Ten
         return fast, torch.stack([unet(actions, timestep.expand(len(actions)), cond) for timestep in TIMESTEPS])
 
 
+@pytest.fixture(autouse=True)
+def _by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PyTorch do it in float32 as well: for the other way see test_native.py."""
+    monkeypatch.setattr("getiaction.policy.fast.unroll.find_library", lambda: None)
+
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def _threads(request: pytest.FixtureRequest) -> Any:
     before = torch.get_num_threads()

@@ -1,0 +1,173 @@
+// The operations of a U-Net that denoises a few rows, on memory that was laid out beforehand: native.py says what they
+// are. Each number is the same sum in the same order wherever its row lies, and however many rows and threads there are.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifdef __AVX512F__
+#define WIDE 16
+#else
+#define WIDE 8
+#endif
+#define PANEL (2 * WIDE) // columns of a weight that lie side by side
+#define DEEP 512         // rows of a panel, which stay in the first cache while all rows of x pass
+#define MANY 64          // rows of x whose sums are kept at once
+typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
+
+enum { PRODUCT, NORM, COPY };
+
+typedef struct {
+    int64_t kind, phase; // what is of one phase waits for what is of the phases before
+    const float *x, *weight, *bias, *scale, *shift, *residual;
+    float *out;
+    int64_t batch, steps, channels; // of out
+    int64_t width;                  // of a product's rows
+    int64_t x_batch, x_step, out_batch, out_step, residual_batch, residual_step, film_batch, film_number; // strides
+    int64_t groups, adds; // adds: to what is there, instead of to the bias
+    float eps;
+} operation;
+
+int64_t panel_width(void) { return PANEL; }
+int64_t operation_size(void) { return sizeof(operation); }
+
+// Add the products of ROWS rows of x with `depth` rows of a panel to the sums, two vectors a row.
+#define MULTIPLY(ROWS)                                                                                                 \
+    static void multiply_##ROWS(const float *const *x, const float *panel, int64_t depth, vector *sums) {              \
+        vector own[2 * ROWS];                                                                                          \
+        for (int i = 0; i < 2 * ROWS; i++) own[i] = sums[i];                                                           \
+        for (int64_t k = 0; k < depth; k++) {                                                                          \
+            vector left = *(const vector *)(panel + k * PANEL), right = *(const vector *)(panel + k * PANEL + WIDE);   \
+            for (int row = 0; row < ROWS; row++) {                                                                     \
+                own[2 * row] += left * x[row][k];                                                                      \
+                own[2 * row + 1] += right * x[row][k];                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int i = 0; i < 2 * ROWS; i++) sums[i] = own[i];                                                           \
+    }
+MULTIPLY(1)
+MULTIPLY(2)
+MULTIPLY(4)
+MULTIPLY(6)
+
+static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t step_stride) {
+    return row / steps * batch_stride + row % steps * step_stride;
+}
+
+// out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
+static void product(const operation *one, int64_t part, int64_t parts) {
+    int64_t panels = (one->channels + PANEL - 1) / PANEL, rows = one->batch * one->steps;
+    vector sums[2 * MANY];
+    for (int64_t number = panels * part / parts; number < panels * (part + 1) / parts; number++) {
+        const float *weight = one->weight + number * PANEL * one->width;
+        int64_t column = number * PANEL, columns = one->channels - column < PANEL ? one->channels - column : PANEL;
+        for (int64_t first = 0; first < rows; first += MANY) {
+            int64_t count = rows - first < MANY ? rows - first : MANY;
+            memset(sums, 0, sizeof(vector) * 2 * count);
+            for (int64_t k = 0; k < one->width; k += DEEP) {
+                int64_t depth = one->width - k < DEEP ? one->width - k : DEEP;
+                for (int64_t row = 0, taken; row < count; row += taken) {
+                    int64_t left = count - row;
+                    const float *x[6], *panel = weight + k * PANEL;
+                    taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                    for (int64_t i = 0; i < taken; i++)
+                        x[i] = one->x + place(first + row + i, one->steps, one->x_batch, one->x_step) + k;
+                    if (taken == 6) multiply_6(x, panel, depth, sums + 2 * row);
+                    else if (taken == 4) multiply_4(x, panel, depth, sums + 2 * row);
+                    else if (taken == 2) multiply_2(x, panel, depth, sums + 2 * row);
+                    else multiply_1(x, panel, depth, sums + 2 * row);
+                }
+            }
+            for (int64_t row = 0; row < count; row++) {
+                float *out = one->out + place(first + row, one->steps, one->out_batch, one->out_step) + column;
+                const float *sum = (const float *)(sums + 2 * row), *bias = one->bias ? one->bias + column : NULL;
+                if (one->adds) for (int64_t i = 0; i < columns; i++) out[i] += sum[i];
+                else if (bias) for (int64_t i = 0; i < columns; i++) out[i] = sum[i] + bias[i];
+                else for (int64_t i = 0; i < columns; i++) out[i] = sum[i];
+            }
+        }
+    }
+}
+
+// exp(x) for x <= 0, and NaN for NaN. Source: expf of Cephes, https://www.netlib.org/cephes/
+static inline float exponential(float x) {
+    float in = x < -87.0f ? -87.0f : x, n = rintf(in * 1.44269504088896341f), y = 1.9875691500e-4f;
+    in = in - n * 0.693359375f + n * 2.12194440e-4f;
+    y = y * in + 1.3981999507e-3f;
+    y = y * in + 8.3334519073e-3f;
+    y = y * in + 4.1665795894e-2f;
+    y = y * in + 1.6666665459e-1f;
+    y = y * in + 5.0000001201e-1f;
+    y = y * in * in + in + 1.0f;
+    union { int32_t bits; float value; } power = {.bits = ((int32_t)n + 127) << 23};
+    return y * power.value;
+}
+
+// x tanh(softplus(x)), of e = exp(-|x|), which never overflows.
+static inline float mish(float x) {
+    float e = exponential(-fabsf(x)), up = x < 0 ? e * (e + 2) : 1 + 2 * e, down = x < 0 ? up + 2 : up + 2 * e * e;
+    return x * up / down;
+}
+
+// Group norm over (T, C / groups), Mish, and times the scale, plus the shift or the residual.
+static void norm(const operation *one, int64_t part, int64_t parts) {
+    int64_t all = one->batch * one->groups, size = one->channels / one->groups;
+    for (int64_t number = all * part / parts; number < all * (part + 1) / parts; number++) {
+        int64_t batch = number / one->groups, channel = number % one->groups * size, film = batch * one->film_batch;
+        const float *x = one->x + batch * one->x_batch + channel;
+        const float *weight = one->weight + channel, *bias = one->bias + channel;
+        float sum = 0, squares = 0, count = (float)(one->steps * size);
+        for (int64_t t = 0; t < one->steps; t++)
+            for (int64_t c = 0; c < size; c++) sum += x[t * one->x_step + c];
+        float mean = sum / count;
+        for (int64_t t = 0; t < one->steps; t++)
+            for (int64_t c = 0; c < size; c++)
+                squares += (x[t * one->x_step + c] - mean) * (x[t * one->x_step + c] - mean);
+        float rate = 1 / sqrtf(squares / count + one->eps);
+        const float *scale = one->scale ? one->scale + film + channel : NULL;
+        const float *shift = one->shift ? one->shift + film + channel : NULL;
+        for (int64_t t = 0; t < one->steps; t++, x += one->x_step) {
+            float *out = one->out + batch * one->out_batch + t * one->out_step + channel;
+            const float *added = shift;
+            if (one->residual) added = one->residual + batch * one->residual_batch + t * one->residual_step + channel;
+            for (int64_t c = 0; c < size; c++) out[c] = mish((x[c] - mean) * rate * weight[c] + bias[c]);
+            if (scale) for (int64_t c = 0; c < size; c++) out[c] *= scale[c];
+            if (added) for (int64_t c = 0; c < size; c++) out[c] += added[c];
+        }
+    }
+}
+
+static void copy(const operation *one, int64_t part, int64_t parts) {
+    int64_t rows = one->batch * one->steps;
+    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++)
+        memcpy(one->out + place(row, one->steps, one->out_batch, one->out_step),
+               one->x + place(row, one->steps, one->x_batch, one->x_step), sizeof(float) * one->channels);
+}
+
+// Do one denoising step: all operations, in the order of their phases, with FiLM's values of this step.
+void run(const operation *operations, int64_t count, int64_t number, int64_t threads) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+#endif
+    {
+        int64_t part = 0, parts = 1;
+#ifdef _OPENMP
+        part = omp_get_thread_num(), parts = omp_get_num_threads();
+#endif
+        for (int64_t i = 0; i < count; i++) {
+            operation one = operations[i];
+            if (i && one.phase != operations[i - 1].phase) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+            }
+            if (one.scale) one.scale += number * one.film_number;
+            if (one.shift) one.shift += number * one.film_number;
+            if (one.kind == PRODUCT) product(&one, part, parts);
+            else if (one.kind == NORM) norm(&one, part, parts);
+            else copy(&one, part, parts);
+        }
+    }
+}

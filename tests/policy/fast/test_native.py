@@ -1,0 +1,287 @@
+"""The U-Net's operations in C: what the plain network computes in float32, and PyTorch's where they cannot be had."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy import ConditionalUnet1d
+from getiaction.policy.fast import native
+from getiaction.policy.fast.native_unet import ROWS, NativeUnet
+from getiaction.policy.fast.unroll import PLANS, unroll
+
+TIMESTEPS = torch.tensor([90, 10, 0])
+SHAPES: dict[str, dict[str, Any]] = {
+    "three levels": {"down_dims": (16, 32, 64)},
+    "channels that no vector divides": {"down_dims": (24, 40, 72), "kernel_size": 3},
+    "one level, shift only": {"down_dims": (16,), "use_film_scale_modulation": False},
+    "kernel of one": {"down_dims": (16, 32), "kernel_size": 1},
+    "deeper than a cache": {"down_dims": (64, 256)},
+}
+
+
+@pytest.fixture(autouse=True)
+def library() -> native.Library:
+    """Return the compiled operations; tests without them say so."""
+    if (found := native.find_library()) is None:
+        pytest.skip("needs a C compiler")
+    return found
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def make(**shape: Any) -> ConditionalUnet1d:
+    """Return a U-Net in which every weight and bias matters."""
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, **shape)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            weight.normal_(std=0.1) if weight.ndim > 1 else weight.normal_(1.0 if "block.1" in name else 0.0, 0.3)
+    return unet
+
+
+def drawn(rows: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """Return actions (B, T, 3) and what they depend on (B, 5); the first rows are the same for any B."""
+    draw = torch.Generator().manual_seed(horizon)
+    return torch.randn(16, horizon, 3, generator=draw)[:rows], torch.randn(16, 5, generator=draw)[:rows]
+
+
+def run(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> Tensor:
+    """Return what is predicted at each of TIMESTEPS, (S, B, T, Da)."""
+    with torch.no_grad():
+        return run_with(unet, actions, unet.modulation(TIMESTEPS, cond))
+
+
+def run_with(unet: ConditionalUnet1d, actions: Tensor, films: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        unrolled = unroll(unet, films, actions.shape[1])
+    assert type(unrolled) is NativeUnet
+    return torch.stack([unrolled(actions, number) for number in range(len(TIMESTEPS))])
+
+
+def run_plain(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.stack([unet(actions, timestep.expand(len(actions)), cond) for timestep in TIMESTEPS])
+
+
+def assert_rounding_only(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> None:
+    """Compare with float64: no further from it than a few times as far as PyTorch in float32 is."""
+    found, usual = run(unet, actions, cond), run_plain(unet, actions, cond)
+    exact = run_plain(unet.double(), actions.double(), cond.double())
+    unet.float()
+    apart, own = (float((one - exact).norm() / exact.norm()) for one in (found, usual))
+    assert 0 < apart < 2 * own + 1e-6, (apart, own)
+
+
+@pytest.mark.parametrize(("rows", "horizon"), [(1, 16), (1, 4), (3, 8), (16, 16)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_plain_network(shape: str, rows: int, horizon: int, threads: int) -> None:
+    assert_rounding_only(make(**SHAPES[shape]), *drawn(rows, horizon))
+
+
+@pytest.mark.parametrize("shape", ["three levels", "channels that no vector divides"])
+def test_a_row_is_the_same_bit_by_bit_among_others_and_for_any_threads(shape: str) -> None:
+    unet, (actions, cond), seen = make(**SHAPES[shape]), drawn(16, 8), []
+    with torch.no_grad():
+        films = unet.modulation(TIMESTEPS, cond)  # (S, 16, C): PyTorch's, who rounds one row otherwise than many
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        whole = run_with(unet, actions, films)
+        for rows in (1, 2, 3, 5, 16):
+            assert torch.equal(run_with(unet, actions[:rows], [film[:, :rows] for film in films]), whole[:, :rows])
+        assert torch.equal(run_with(unet, actions.flip(0), [film.flip(1) for film in films]).flip(1), whole)
+        seen.append(whole)
+    torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_it_sees_new_weights_and_observations() -> None:
+    unet = make(down_dims=(24, 40))
+    assert_rounding_only(unet, *drawn(2, 8))
+    first = run(unet, *drawn(2, 8))
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.9)  # as an optimiser does
+    assert not torch.allclose(run(unet, *drawn(2, 8)), first, rtol=1e-2)
+    assert_rounding_only(unet, *drawn(2, 8))
+    for weight in unet.parameters():
+        weight.data.mul_(1.2)  # which PyTorch does not count
+    assert_rounding_only(unet, *drawn(2, 8))
+    unet.load_state_dict({key: value * 1.1 for key, value in unet.state_dict().items()}, assign=True)
+    assert_rounding_only(unet, *drawn(2, 8))
+    assert_rounding_only(unet, *drawn(3, 4))
+
+
+@pytest.mark.parametrize("part", ["up_modules.0.2", "down_modules.0.0.conv1.block.0", "final_conv.1"])
+def test_it_sees_the_new_weights_of_one_layer(part: str) -> None:
+    unet = make(down_dims=(24, 40))
+    assert_rounding_only(unet, *drawn(1, 8))
+    with torch.no_grad():
+        unet.get_submodule(part).weight.mul_(-2)
+    assert_rounding_only(unet, *drawn(1, 8))
+
+
+def test_weights_whose_channels_lie_last() -> None:
+    unet = make(down_dims=(16, 40))
+    for layer in unet.modules():
+        if isinstance(layer, nn.Conv1d):
+            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_rounding_only(unet, *drawn(2, 8))
+
+
+def test_nan_stays_nan_and_where_it_is() -> None:
+    unet, (actions, cond) = make(down_dims=(16, 32)), drawn(3, 8)
+    clean = run(unet, actions, cond)
+    actions = actions.clone()
+    actions[1, 4, 0] = float("nan")
+    found = run(unet, actions, cond)
+    assert found[:, 1].isnan().all()
+    assert torch.equal(found[:, ::2], clean[:, ::2])
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 3000.0])
+def test_mish_near_and_far_from_zero(library: native.Library, size: float) -> None:
+    x = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
+    weight, bias, out = torch.full((32,), size), torch.linspace(-size, size, 32), torch.empty(1, 16, 32)
+    more = {"weight": weight.data_ptr(), "bias": bias.data_ptr(), "groups": 2, "eps": 1e-5}
+    library.run((native.Operation * 1)(native.describe(native.NORM, x, out, **more)), 0, 1)
+    exact = nn.functional.group_norm(x.double().transpose(1, 2), 2, weight.double(), bias.double()).transpose(1, 2)
+    assert torch.allclose(out.double(), nn.functional.mish(exact), rtol=1e-5, atol=1e-6 * size)
+
+
+def test_what_it_does_not_take() -> None:
+    unet, cond = make(down_dims=(16, 32)), drawn(1, 8)[1]
+    with torch.no_grad():
+        assert type(unroll(unet, unet.modulation(TIMESTEPS, cond.expand(ROWS // 8, 5)), 8)) is NativeUnet
+        assert type(unroll(unet, unet.modulation(TIMESTEPS, cond.expand(ROWS // 8 + 1, 5)), 8)) is not NativeUnet
+        with torch.autocast("cpu", torch.bfloat16):
+            assert type(unroll(unet, unet.modulation(TIMESTEPS, cond), 8)) is not NativeUnet
+        unet.double()
+        assert type(unroll(unet, unet.modulation(TIMESTEPS, cond.double()), 8)) is not NativeUnet
+
+
+def test_plans_share_their_copies_and_go_when_nobody_needs_them() -> None:
+    unet, made = make(down_dims=(16, 40)), []
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for number in range(12):
+                unrolled = unroll(unet, unet.modulation(TIMESTEPS, drawn(1 + number % 7, 8)[1]), 8)
+                made.append(weakref.ref(unrolled))
+        alive = {one() for one in made} - {None}
+        assert len(alive) == PLANS
+        copies = [copy for one in alive for copy in one._copies]
+        assert len({id(copy) for copy in copies}) * PLANS == len(copies) > 0
+        alive.clear()
+        del unrolled, copies, unet
+        assert not [one for one in made if one()], "they wait for no collector"
+    finally:
+        gc.enable()
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let the library be looked for again, in an empty cache; return its folder."""
+    monkeypatch.setenv("GETIACTION_CACHE", str(tmp_path))
+    native.find_library.cache_clear()
+    yield tmp_path / "native"
+    native.find_library.cache_clear()
+
+
+def test_it_is_compiled_once(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.find_library() is not None
+    (path,) = anew.iterdir()
+    native.find_library.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", None)
+    assert native.find_library() is not None
+    assert list(anew.iterdir()) == [path]
+
+
+def test_without_a_compiler_pytorch_acts(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level(logging.INFO):
+        assert native.find_library() is None
+    assert "no C compiler" in caplog.text
+    unet, (actions, cond) = make(down_dims=(16, 32)), drawn(1, 8)
+    with torch.no_grad():
+        unrolled = unroll(unet, unet.modulation(TIMESTEPS, cond), 8)
+    assert type(unrolled) is not NativeUnet
+    torch.testing.assert_close(unrolled(actions, 0), run_plain(unet, actions, cond)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'fatal: no such flag' >&2; exit 3", "ends with 3: .*no such flag"),
+        ('echo no library > "$(echo "$@" | sed "s/.*-o //; s/ .*//")"', "so: "),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_said_once(
+    script: str,
+    said: str,
+    anew: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.find_library() is None
+    assert native.find_library() is None
+    (record,) = caplog.records
+    assert re.search(said, record.getMessage())
+
+
+def test_a_compiler_without_openmp_or_native_is_good_enough(
+    anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*|*-march*) exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.find_library() is not None
+    assert_rounding_only(make(down_dims=(16, 40)), *drawn(3, 8))
+
+
+def test_what_computes_something_else_is_not_used(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "native.c"
+    wrong.write_text(native.SOURCE.read_text().replace("+= right *", "-= right *"))
+    monkeypatch.setattr(native, "SOURCE", wrong)
+    assert native.find_library() is None
+    assert "computes something else" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_to_is_said(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    anew.parent.joinpath("native").write_text("no folder")
+    assert native.find_library() is None
+    assert "cannot be used" in caplog.text
