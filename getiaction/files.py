@@ -22,7 +22,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def default_cache_dir() -> Path:
     """Return `$GETIACTION_CACHE`, or `~/.cache/getiaction`."""
-    return Path(os.environ.get("GETIACTION_CACHE", Path.home() / ".cache" / "getiaction")).expanduser()
+    named = os.environ.get("GETIACTION_CACHE")
+    return Path(named).expanduser() if named is not None else Path.home() / ".cache" / "getiaction"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -91,9 +91,9 @@ static void product(const operation *one, int64_t part, int64_t parts) {
     }
 }
 
-// exp(x) for x <= 0, and NaN for NaN. Source: expf of Cephes, https://www.netlib.org/cephes/
+// exp(x) for x <= 0, from -87 on. Source: expf of Cephes, https://www.netlib.org/cephes/
 static inline float exponential(float x) {
-    float in = x < -87.0f ? -87.0f : x, n = rintf(in * 1.44269504088896341f), y = 1.9875691500e-4f;
+    float in = x > -87.0f ? x : -87.0f, n = rintf(in * 1.44269504088896341f), y = 1.9875691500e-4f;
     in = in - n * 0.693359375f + n * 2.12194440e-4f;
     y = y * in + 1.3981999507e-3f;
     y = y * in + 8.3334519073e-3f;
@@ -105,7 +105,7 @@ static inline float exponential(float x) {
     return y * power.value;
 }
 
-// x tanh(softplus(x)), of e = exp(-|x|), which never overflows.
+// x tanh(softplus(x)), of e = exp(-|x|), which never overflows; NaN for NaN.
 static inline float mish(float x) {
     float e = exponential(-fabsf(x)), up = x < 0 ? e * (e + 2) : 1 + 2 * e, down = x < 0 ? up + 2 : up + 2 * e * e;
     return x * up / down;

@@ -3,7 +3,7 @@
 Acting asks for a few rows. PyTorch then packs each weight anew for every product, or reads it as slowly as it lies, and
 takes a call for each operation. Here weights lie as they are read, and a denoising step is one call. It takes a C
 compiler (`$CC`, cc, gcc or clang); without one, or where what it made computes something else, PyTorch's operations are
-taken: see `unrolled`.
+taken: see `unrolled`. What is in the cache is named after its own content and belongs to who runs it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -32,7 +34,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # which -ffast-math would change for all of the process.
 FAST = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast")
 WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ())
-"""What is tried, one after the other: Apple's compiler has no OpenMP."""
+"""What is tried, one after the other. Clang's OpenMP is not: it would be a second one beside that of PyTorch."""
 PATIENCE = 60  # seconds for the compiler
 PRODUCT, NORM, COPY = range(3)
 
@@ -79,43 +81,77 @@ def describe(kind: int, x: Tensor, out: Tensor, **more: float | None) -> Operati
 @cache
 def find_library() -> Library | None:
     """Return the compiled operations, or None where they cannot be had."""
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
-    if compiler is None:
+    commands = (shlex.split(os.environ.get("CC", "")), ["gcc"], ["cc"], ["clang"])
+    found = [[path, *command[1:]] for command in commands if command and (path := shutil.which(command[0]))]
+    if not found:
         log.info("no C compiler is there: a chunk of actions takes longer on this CPU")
         return None
     try:
-        library = Library(compiled(Path(compiler), default_cache_dir() / "native"))
-        compare(library)
+        try:
+            return load(found[0], default_cache_dir() / "native")
+        except (OSError, RuntimeError):  # it cannot be written to, nothing there may be run, or there is no home
+            with tempfile.TemporaryDirectory() as folder:
+                return load(found[0], Path(folder))
     except (OSError, subprocess.SubprocessError, ArithmeticError) as error:
         log.warning("%s cannot be used (%s): a chunk of actions takes longer on this CPU", SOURCE.name, error)
         return None
+
+
+def load(compiler: list[str], folder: Path) -> Library:
+    """Return the library for this CPU that is in a folder, or compile it there.
+
+    Raises:
+        OSError, SubprocessError: it cannot be compiled, loaded, or written to the folder.
+        ArithmeticError: it computes something else.
+    """
+    fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    cpu = [read_cpu(field) for field in fields]
+    machine = (platform.machine(), platform.libc_ver(), cpu, platform.node() if not any(cpu[1:3]) else None)
+    content = SOURCE.read_bytes() + repr((FAST, WAYS, compiler, machine)).encode()
+    name = hashlib.sha256(content).hexdigest()[:32]
+    for path in folder.glob(f"{name}-*.so"):
+        if is_whole(path):
+            try:
+                return tried(path)
+            except OSError:  # the system has changed
+                path.unlink()
+    return tried(compiled(compiler, folder, name))
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a library has the content that its name says, and belongs to this user."""
+    is_own = not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+    return is_own and path.stem.endswith(f"-{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}")
+
+
+def tried(path: Path) -> Library:
+    """Load a library and compare it with PyTorch."""
+    library = Library(path)
+    compare(library)
     return library
 
 
-def compiled(compiler: Path, folder: Path) -> Path:
-    """Return the library for this CPU, compiled if it is not in the folder yet.
+def compiled(compiler: list[str], folder: Path, name: str) -> Path:
+    """Compile into a folder; return the library.
 
     Raises:
-        OSError, SubprocessError: it cannot be compiled, or the folder cannot be written to.
+        OSError, SubprocessError: it cannot be.
     """
-    machine = (platform.machine(), read_cpu("model name"), read_cpu("flags"), str(compiler.resolve()))
-    content = SOURCE.read_bytes() + repr((FAST, WAYS, machine)).encode()
-    path = folder / f"{hashlib.sha256(content).hexdigest()[:32]}.so"
-    if path.exists():
-        return path
     folder.mkdir(parents=True, exist_ok=True)
+    is_clang = sys.platform == "darwin" or "clang" in Path(compiler[0]).resolve().name
+    ways = [way for way in WAYS if not (is_clang and "-fopenmp" in way)]
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        made = Path(own) / path.name
-        for number, way in enumerate(WAYS):
-            command = [str(compiler), *FAST, *way, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        made = Path(own) / "made.so"
+        for way in ways:
+            command = [*compiler, *FAST, *way, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
+            )
             if done.returncode == 0:
-                made.replace(path)  # in one step: others may be at it, too
-                return path
+                digest = hashlib.sha256(made.read_bytes()).hexdigest()[:32]
+                return made.replace(folder / f"{name}-{digest}.so")  # in one step: others may be at it, too
             log.debug("%s: %s", command, done.stderr)
-            if number == len(WAYS) - 1:
-                raise OSError(f"{compiler} ends with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    raise AssertionError
+    raise OSError(f"{shlex.join(compiler)} ends with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def compare(library: Library) -> None:
@@ -124,19 +160,23 @@ def compare(library: Library) -> None:
     Raises:
         ArithmeticError: they are not the same to rounding.
     """
-    draw = torch.Generator().manual_seed(0)
-    channels, width = 2 * library.panel, 600
-    x, weight, bias = (torch.randn(shape, generator=draw) for shape in ((1, 13, width), (channels, width), (channels,)))
+    draw, channels, width = torch.Generator().manual_seed(0), 2 * library.panel, 600
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+
+    x, weight, bias = drawn(1, 13, width), drawn(channels, width), drawn(channels)
+    sums, out = drawn(1, 13, channels), drawn(1, 13, channels)
     panels = weight.unflatten(0, (-1, library.panel)).transpose(1, 2).contiguous()
-    sums, out = torch.empty(1, 13, channels), torch.empty(1, 13, channels)
     affine = {"weight": bias.data_ptr(), "bias": bias.data_ptr(), "groups": 4, "eps": 1e-5}
     operations = (
         describe(PRODUCT, x, sums, phase=0, width=width, weight=panels.data_ptr(), bias=bias.data_ptr()),
         describe(NORM, sums, out, phase=1, **affine),
     )
-    library.run((Operation * 2)(*operations), 0, 2)
+    library.run((Operation * 2)(*operations), 0, torch.get_num_threads())
+    x, weight, bias = x.double(), weight.double(), bias.double()
     wanted = functional.linear(x, weight, bias)
     normalised = functional.mish(functional.group_norm(wanted.transpose(1, 2), 4, bias, bias)).transpose(1, 2)
     for one, other in ((sums, wanted), (out, normalised)):
-        if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        if not torch.allclose(one.double(), other, rtol=1e-4, atol=1e-4):
             raise ArithmeticError("it computes something else")

@@ -35,20 +35,35 @@ class NativeUnet(UnrolledUnet):
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
         """Predict (B, T, Da) from (B, T, Da) at the denoising step `number`, counted from 0."""
+        if not 0 <= number < self._plan.num_steps:
+            raise IndexError(f"step {number} of {self._plan.num_steps}")
         self._input.inner.copy_(noisy_actions)
         self._library.run(self._table, number, self._plan.threads)
         return self._output.clone()
 
     def _add(self, kind: int, reads: Sequence[Tensor], out: Tensor, **more: float | None) -> None:
-        """Add an operation on the first of what it reads."""
+        """Add an operation on the first of what it reads, which gives each (B, T) of `out`.
+
+        Raises:
+            OtherLayerError: they are of other sizes, or types: nobody looks there.
+        """
+        if any(one.shape[:2] != out.shape[:2] or one.dtype != torch.float32 for one in (*reads, out)):
+            raise OtherLayerError
         phase = 1 + max(self._made.get(memory(one), 0) for one in reads)
         self._made[memory(out)] = max(phase, self._made.get(memory(out), 0))
         self._held += [*reads, out]
         self._operations.append((phase, describe(kind, reads[0], out, phase=phase, **more)))
 
+    def _place(self, numbers: Tensor) -> int:
+        """Return where some weights lie, in order and in float32."""
+        if numbers.dtype != torch.float32 or not numbers.is_contiguous():
+            raise OtherLayerError
+        self._held.append(numbers.detach())
+        return numbers.data_ptr()
+
     def _convolve(self, layer: nn.Module, x: Track) -> Tensor:
         """Convolve into a new (B, T', C'): a window is k steps of x, one after the other in memory."""
-        if type(layer) is not Conv1d:
+        if type(layer) is not Conv1d or layer.groups > 1 or layer.dilation != (1,):
             raise OtherLayerError
         (size,), (stride,), padding = layer.kernel_size, layer.stride, int(layer.padding[0])
         windows = x.padded[:, self._margin - padding : x.padded.shape[1] - self._margin + padding]
@@ -62,6 +77,8 @@ class NativeUnet(UnrolledUnet):
     ) -> None:
         """Multiply windows, (B, T, ...) each k C numbers in order, by the transpose of weight, (C', k, C)."""
         reads, panel = (x, out) if adds else (x,), self._library.panel
+        if weight.dtype != torch.float32 or weight[0].numel() != x[0, 0].numel() or len(weight) != out.shape[2]:
+            raise OtherLayerError
         whole = len(weight) // panel * panel
         for first, last in ((0, whole), (whole, len(weight))):
             if first == last:
@@ -70,8 +87,7 @@ class NativeUnet(UnrolledUnet):
             panels = some.unflatten(0, (-1, panel)) if first == 0 and whole else some[None]
             own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
             self._copies.append(own)
-            lies = bias.data_ptr() + first * bias.element_size() if bias is not None and not adds else None
-            self._held += [] if bias is None else [bias.detach()]
+            lies = self._place(bias[first:last]) if bias is not None and not adds else None
             self._add(
                 PRODUCT,
                 reads,
@@ -93,15 +109,18 @@ class NativeUnet(UnrolledUnet):
     ) -> Track:
         """Normalise groups of (B, T, C), Mish, then FiLM or add what went around, into a new track."""
         norm, track = exactly(norm, nn.GroupNorm), self._track(x.shape[1], x.shape[2])
+        if norm.num_channels != x.shape[2]:
+            raise OtherLayerError
         more: dict[str, float | None] = {"groups": norm.num_groups, "eps": norm.eps}
-        more |= {"weight": norm.weight.data_ptr(), "bias": norm.bias.data_ptr()}
-        self._held += [norm.weight.detach(), norm.bias.detach()]
+        more |= {"weight": self._place(norm.weight), "bias": self._place(norm.bias)}
         reads = [x]
         if film is not None:  # (S, B, C' or 2C')
             parts = film.chunk(2, dim=2) if scales else (film,)
             more |= {"scale": parts[0].data_ptr() if scales else None, "shift": parts[-1].data_ptr()}
             more |= {"film_number": film.stride(0), "film_batch": film.stride(1)}
         elif residual is not None:
+            if residual.shape != x.shape:
+                raise OtherLayerError
             reads.append(residual)
             more |= {"residual": residual.data_ptr()}
             more |= {"residual_batch": residual.stride(0), "residual_step": residual.stride(1)}

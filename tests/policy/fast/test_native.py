@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d
 from getiaction.policy.fast import native
+from getiaction.policy.fast.convolution import Conv1d
 from getiaction.policy.fast.native_unet import ROWS, NativeUnet
 from getiaction.policy.fast.unroll import PLANS, unroll
 
@@ -177,6 +179,46 @@ def test_what_it_does_not_take() -> None:
         assert type(unroll(unet, unet.modulation(TIMESTEPS, cond.double()), 8)) is not NativeUnet
 
 
+def spread(unet: ConditionalUnet1d) -> None:
+    bias = unet.mid_modules[0].conv1.block[0].bias
+    bias.data = torch.randn(2 * len(bias))[::2]
+
+
+def widen(unet: ConditionalUnet1d) -> None:
+    unet.mid_modules[0].conv1.block[1].double()
+
+
+def exchange(unet: ConditionalUnet1d) -> None:
+    unet.mid_modules[0].conv2.block[0] = Conv1d(32, 16, 5, padding=2)
+
+
+def shorten(unet: ConditionalUnet1d) -> None:
+    unet.mid_modules[0].conv1.block[0].padding = (1,)
+
+
+def split(unet: ConditionalUnet1d) -> None:
+    unet.mid_modules[0].conv1.block[0] = Conv1d(32, 32, 5, padding=2, groups=2)
+
+
+@pytest.mark.parametrize("change", [spread, widen, exchange, shorten, split])
+def test_layers_of_another_size_or_type_are_left_alone(change: Callable[[ConditionalUnet1d], None]) -> None:
+    """It would read what is not theirs."""
+    unet, cond = make(down_dims=(16, 32)), drawn(1, 8)[1]
+    change(unet)
+    with torch.no_grad():
+        assert unroll(unet, unet.modulation(TIMESTEPS, cond), 8) is None
+        assert unroll(make(down_dims=(8, 16, 32)), [torch.zeros(3, 1, 1)], 6) is None  # which cannot be halved twice
+
+
+def test_a_step_that_is_none_is_an_error() -> None:
+    unet, (actions, cond) = make(down_dims=(16, 32)), drawn(1, 8)
+    with torch.no_grad():
+        unrolled = unroll(unet, unet.modulation(TIMESTEPS, cond), 8)
+    for number in (-1, 3):
+        with pytest.raises(IndexError, match=f"step {number} of 3"):
+            unrolled(actions, number)
+
+
 def test_plans_share_their_copies_and_go_when_nobody_needs_them() -> None:
     unet, made = make(down_dims=(16, 40)), []
     gc.collect()
@@ -279,9 +321,58 @@ def test_what_computes_something_else_is_not_used(
     assert "computes something else" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_to_is_said(
-    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("length", [0, 1000, 9000])
+def test_a_file_that_is_not_whole_is_not_loaded(anew: Path, length: int) -> None:
+    assert native.find_library() is not None
+    (path,) = anew.iterdir()
+    whole = path.read_bytes()
+    path.unlink()  # this process has it in its memory
+    path.write_bytes(whole[:length])
+    native.find_library.cache_clear()
+    assert native.find_library() is not None
+    assert native.is_whole(path)
+
+
+def test_a_file_that_the_system_does_not_load_is_compiled_again(anew: Path) -> None:
+    assert native.find_library() is not None
+    (path,) = anew.iterdir()
+    other = b"of another system"
+    wrong = anew / f"{path.stem[:32]}-{hashlib.sha256(other).hexdigest()[:32]}.so"
+    wrong.write_bytes(other)
+    path.unlink()
+    native.find_library.cache_clear()
+    assert native.find_library() is not None
+    assert not wrong.exists()
+
+
+@pytest.mark.parametrize("homeless", [False, True])
+def test_without_a_cache_it_is_compiled_each_time(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, homeless: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    anew.parent.joinpath("native").write_text("no folder")
-    assert native.find_library() is None
-    assert "cannot be used" in caplog.text
+    anew.write_text("no folder")
+    if homeless:
+
+        def nowhere() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("GETIACTION_CACHE")
+        monkeypatch.setattr(Path, "home", nowhere)
+    assert native.find_library() is not None
+    assert_rounding_only(make(down_dims=(16, 40)), *drawn(3, 8))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_what_is_usual_elsewhere_does_not_matter(anew: Path, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            assert native.find_library() is not None
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_compiler_may_be_named_with_what_starts_it(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "nice gcc -g0")
+    assert native.find_library() is not None
