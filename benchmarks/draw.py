@@ -76,8 +76,8 @@ TRAINING = (
 ACTING = (
     Series("PyTorch", AVX512, "o", "inference-2026-11-25.json", acted("getiaction")),
     Series("exported", AVX512, "s", "inference-2026-11-25.json", acted("getiaction onnx")),
-    Series("PyTorch", AVX2, "o", "inference_avx2-2026-11-27.json", acted("getiaction")),
-    Series("exported", AVX2, "s", "inference_avx2-2026-11-27.json", acted("getiaction onnx")),
+    Series("compiled", AVX2, "P", "inference_native-2026-11-27.json", acted("getiaction")),
+    Series("exported", AVX2, "s", "inference_native-2026-11-27.json", acted("getiaction onnx")),
     Series("PyTorch", INTEL, "o", "inference_intel_copies-2026-11-26.json", acted("getiaction")),
     Series("exported", INTEL, "s", "inference_intel_copies-2026-11-26.json", acted("getiaction onnx")),
     Series("PyTorch", H200, "o", "gpu_h200-2026-11-27.json", acted_on_gpu),
