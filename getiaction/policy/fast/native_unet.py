@@ -13,7 +13,7 @@ from getiaction.policy.fast.native import COPY, NORM, PRODUCT, Library, Operatio
 from getiaction.policy.fast.unrolled import OtherLayerError, Plan, Track, UnrolledUnet, exactly
 from getiaction.policy.unet import ConditionalUnet1d
 
-ROWS = 512  # B T, from which on the library's products catch up: benchmarks/NOTES.md
+ROWS = 1024  # B T, up to which it is faster than PyTorch for every preset that was tried: benchmarks/NOTES.md
 
 
 class NativeUnet(UnrolledUnet):
