@@ -66,6 +66,8 @@ class NativeUnet(UnrolledUnet):
         if type(layer) is not Conv1d or layer.groups > 1 or layer.dilation != (1,):
             raise OtherLayerError
         (size,), (stride,), padding = layer.kernel_size, layer.stride, int(layer.padding[0])
+        if padding > self._margin:
+            raise OtherLayerError
         windows = x.padded[:, self._margin - padding : x.padded.shape[1] - self._margin + padding]
         windows = windows.unfold(1, size, stride)  # (B, T', C, k)
         out = self._new(*windows.shape[:2], layer.out_channels)
@@ -85,7 +87,10 @@ class NativeUnet(UnrolledUnet):
                 continue
             some = weight.detach()[first:last]
             panels = some.unflatten(0, (-1, panel)) if first == 0 and whole else some[None]
-            own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
+            try:
+                own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
+            except RuntimeError as error:  # its numbers lie apart
+                raise OtherLayerError from error
             self._copies.append(own)
             lies = self._place(bias[first:last]) if bias is not None and not adds else None
             self._add(

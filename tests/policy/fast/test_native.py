@@ -196,11 +196,20 @@ def shorten(unet: ConditionalUnet1d) -> None:
     unet.mid_modules[0].conv1.block[0].padding = (1,)
 
 
+def look_further(unet: ConditionalUnet1d) -> None:
+    unet.mid_modules[0].conv1.block[0] = Conv1d(32, 32, 13, padding=6)
+
+
 def split(unet: ConditionalUnet1d) -> None:
     unet.mid_modules[0].conv1.block[0] = Conv1d(32, 32, 5, padding=2, groups=2)
 
 
-@pytest.mark.parametrize("change", [spread, widen, exchange, shorten, split])
+def scatter(unet: ConditionalUnet1d) -> None:
+    weight = unet.mid_modules[0].conv1.block[0].weight
+    weight.data = torch.randn(32, 64, 5)[:, ::2]
+
+
+@pytest.mark.parametrize("change", [spread, widen, exchange, shorten, look_further, split, scatter])
 def test_layers_of_another_size_or_type_are_left_alone(change: Callable[[ConditionalUnet1d], None]) -> None:
     """It would read what is not theirs."""
     unet, cond = make(down_dims=(16, 32)), drawn(1, 8)[1]
