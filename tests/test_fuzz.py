@@ -33,7 +33,7 @@ from getiaction.train import train
 FURTHER = int(os.environ.get("FUZZ", "0"))
 """Examples of a longer look: FUZZ=500 pytest tests/test_fuzz.py --hypothesis-seed=1 -k any_config, a second each."""
 BOUNDED = settings(
-    max_examples=FURTHER or 28,
+    max_examples=FURTHER or 20,
     derandomize=not FURTHER,  # CI is the same each time
     deadline=None,
     database=None,
@@ -127,7 +127,7 @@ def train_a_little(overrides: list[str], folder: Path) -> None:
         assert "loss" in metrics
 
 
-@settings(BOUNDED, max_examples=FURTHER or 14)  # one in four trains, which takes a second
+@settings(BOUNDED, max_examples=FURTHER or 10)  # one in four trains, which takes a second
 @given(overrides=st.lists(st.one_of(LEAF, GROUP), min_size=1, max_size=3), sees=st.booleans())
 @example(overrides=["optimizer.lr=null", "optimizer.scale_lr=linear"], sees=False)
 @example(overrides=["optimizer.scale_lr=null"], sees=False)

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Features, dict[str, Any], Any]] = {
     "states": (Features(action_dim=2, state_dim=3, env_state_dim=4), {}, DDPMScheduler(20, **SQUARED)),
     "states, flow matching": (
         Features(action_dim=2, state_dim=3),
-        {"prediction_type": "sample"},
+        {"prediction_type": "sample", **SHALLOW},
         FlowMatchEulerDiscreteScheduler(20),
     ),
     "one picture, resized": (

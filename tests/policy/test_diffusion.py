@@ -214,10 +214,10 @@ def test_cameras_need_an_encoder(make_policy) -> None:
 def test_one_batch_can_be_learnt_by_heart(make_policy) -> None:
     policy = make_policy(num_inference_steps=None)
     batch = random_batch(policy)
-    repeated = {key: value.repeat(32, *[1] * (value.ndim - 1)) for key, value in batch.items()}  # 32 noises a sample
+    repeated = {key: value.repeat(16, *[1] * (value.ndim - 1)) for key, value in batch.items()}  # 16 noises a sample
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     for _ in range(300):
-        loss = policy(repeated, torch.randn(128, 8, 2), torch.randint(20, (128,)))
+        loss = policy(repeated, torch.randn(64, 8, 2), torch.randint(20, (64,)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
