@@ -6,6 +6,7 @@ import gc
 import hashlib
 import logging
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -146,6 +147,24 @@ def test_weights_whose_channels_lie_last() -> None:
         if isinstance(layer, nn.Conv1d):
             layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
     assert_rounding_only(unet, *drawn(2, 8))
+
+
+def test_threads_of_python_do_not_disturb_each_other(threads: int) -> None:
+    unet, got = make(down_dims=(16, 40)), dict[int, Tensor]()
+    inputs = {rows: drawn(rows, 8) for rows in (1, 2, 3, 4)}
+    wanted = {rows: run(unet, *given) for rows, given in inputs.items()}
+
+    def work(rows: int) -> None:
+        torch.set_num_threads(threads)
+        got[rows] = torch.stack([run(unet, *inputs[rows]) for _ in range(20)])
+
+    workers = [threading.Thread(target=work, args=(rows,)) for rows in inputs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(values, wanted[rows].expand_as(values)) for rows, values in got.items())
+    assert len(got) == len(inputs)
 
 
 def test_nan_stays_nan_and_where_it_is() -> None:
