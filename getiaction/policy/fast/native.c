@@ -71,6 +71,7 @@ static void product(const operation *one, int64_t part, int64_t parts) {
                 for (int64_t row = 0, taken; row < count; row += taken) {
                     int64_t left = count - row;
                     const float *x[6], *panel = weight + k * PANEL;
+                    // eight rows are two of four, not six and two
                     taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
                     for (int64_t i = 0; i < taken; i++)
                         x[i] = one->x + place(first + row + i, one->steps, one->x_batch, one->x_step) + k;

@@ -2,7 +2,7 @@
 
 Acting asks for a few rows. PyTorch then packs each weight anew for every product, or reads it as slowly as it lies, and
 takes a call for each operation. Here weights lie as they are read, and a denoising step is one call. It takes a C
-compiler (`$CC`, cc, gcc or clang); without one, or where what it made computes something else, PyTorch's operations are
+compiler (`$CC`, gcc, cc or clang); without one, or where what it made computes something else, PyTorch's operations are
 taken: see `unrolled`. What is in the cache is named after its own content and belongs to who runs it.
 """
 
@@ -92,7 +92,7 @@ def find_library() -> Library | None:
         except (OSError, RuntimeError):  # it cannot be written to, nothing there may be run, or there is no home
             with tempfile.TemporaryDirectory() as folder:
                 return load(found[0], Path(folder))
-    except (OSError, subprocess.SubprocessError, ArithmeticError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, ArithmeticError) as error:
         log.warning("%s cannot be used (%s): a chunk of actions takes longer on this CPU", SOURCE.name, error)
         return None
 
@@ -135,7 +135,8 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
     """Compile into a folder; return the library.
 
     Raises:
-        OSError, SubprocessError: it cannot be.
+        OSError: the folder cannot be written to.
+        SubprocessError: the compiler fails, wherever it writes to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     is_clang = sys.platform == "darwin" or "clang" in Path(compiler[0]).resolve().name
@@ -151,7 +152,8 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
                 digest = hashlib.sha256(made.read_bytes()).hexdigest()[:32]
                 return made.replace(folder / f"{name}-{digest}.so")  # in one step: others may be at it, too
             log.debug("%s: %s", command, done.stderr)
-    raise OSError(f"{shlex.join(compiler)} ends with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    said = done.stderr.strip().splitlines()[-1:]
+    raise subprocess.SubprocessError(f"{shlex.join(compiler)} ends with {done.returncode}: {said}")
 
 
 def compare(library: Library) -> None:

@@ -59,10 +59,11 @@ KEPT = Kept()
 def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
     """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
 
-    Under autocast to bf16 it multiplies by bf16 copies of the weights; in float32 on some CPUs by copies of the large
-    ones in another order. They are made again when a weight changed (see `Copy`). None if this is no inference on the
-    CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules
-    are not called.
+    In float32 it is a `NativeUnet` where there is a C compiler, up to `ROWS` rows; it multiplies by copies of the
+    weights in another order. So does an `UnrolledUnet` on some CPUs, by copies of the large ones, and by bf16 copies
+    under autocast. They are made again when a weight changed (see `Copy`). None if this is no inference on the CPU, or
+    the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules are not
+    called.
     """
     if films[0].device.type != "cpu":
         KEPT.of.pop(unet, None)  # what was made before it moved
