@@ -19,6 +19,7 @@ from getiaction.data.order import Order
 from getiaction.data.windows import Windows
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy
+from getiaction.policy.fast.kernels import find_crop
 from getiaction.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def build_batches(
         observations=policy.features.observation_keys,
         crop_shape=policy.encoders[0].crop_shape if policy.encoders else None,
         mirror=build_mirror(config),
+        crop=find_crop() if accelerator.device.type == "cuda" else None,
     )
     share = Share(
         training.batch_size, training.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index

@@ -42,9 +42,10 @@ from getiaction.errors import InputError
 from getiaction.interop.lerobot import write_policy
 from getiaction.interop.lerobot_files import not_for_lerobot
 from getiaction.policy import DiffusionPolicy
+from getiaction.policy.fast.casts import keep_shadows
 from getiaction.run_folder import CHECKPOINTS, EVALUATION
 from getiaction.simulation.evaluation import Crowd, Stopped
-from getiaction.training.adam import update_many_at_once
+from getiaction.training.adam import update_many_at_once, writes_casts
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.heap import keep_freed_memory
@@ -112,10 +113,15 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
 
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
-    update_in_memory_order(optimizer)
+    if accelerator.device.type == "cpu":
+        update_in_memory_order(optimizer)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
+    stepper = None
     if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
-        update_many_at_once(optimizer, ema.follow(policy, accelerator.device) if ema is not None else None)
+        followed = ema.follow(policy, accelerator.device) if ema is not None else None
+        casts = accelerator.mixed_precision == "bf16" and not config.hardware.compile and writes_casts(optimizer)
+        shadows = keep_shadows(policy, torch.bfloat16) if casts else None
+        stepper = update_many_at_once(optimizer, followed, shadows)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     if config.hardware.compile:
         torch._dynamo.reset()  # what a sweep compiled before would make this run's sizes symbolic, and it slower
@@ -139,6 +145,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
         data=data,
         watchdog=Watchdog(config.hardware.hang_timeout if accelerator.num_processes > 1 else None),
         replays=replays_steps(config.hardware, accelerator),
+        stepper=stepper,
         saves_aside=accelerator.device.type == "cuda",  # a CPU has no time for both
     )
     if checkpoint and state:

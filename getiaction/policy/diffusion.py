@@ -18,10 +18,11 @@ from torch.nn import functional
 
 from getiaction.keys import ACTION, ACTION_IS_PAD, OBS_ENV_STATE, OBS_STATE
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.fast.kernels import cast_ahead, cast_once
+from getiaction.policy.fast.casts import cast_ahead, cast_once
 from getiaction.policy.fast.replay import LOCK, launching
 from getiaction.policy.fast.replays import Replays, can_replay
 from getiaction.policy.fast.unroll import unroll
+from getiaction.policy.fast.watch import is_watched
 from getiaction.policy.features import Features
 from getiaction.policy.noising import Noising
 from getiaction.policy.normalizer import Normalizer
@@ -138,7 +139,16 @@ class DiffusionPolicy(nn.Module):
             timesteps: (B K,) integers in [0, num_train_timesteps).
         """
         with cast_ahead(self, self.device):
-            return self._loss(self.normalizer(batch), noise, timesteps)
+            return self._loss(self.normalizer(batch, but=self._recorded(batch)), noise, timesteps)
+
+    def _recorded(self, batch: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return the cameras whose pictures the encoders normalise, on the way: each has its own, on a GPU."""
+        cameras = self.features.cameras
+        learns = self.device.type == "cuda" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        alone = len(cameras) == 1 or self.use_separate_rgb_encoder_per_camera
+        if not (learns and alone) or is_watched(self.normalizer, *self.encoders):
+            return ()
+        return tuple(camera for camera in cameras if batch[camera].dtype == torch.uint8)
 
     def _loss(self, batch: Mapping[str, Tensor], noise: Tensor, timesteps: Tensor) -> Tensor:
         actions, is_pad, cond = batch[ACTION], batch[ACTION_IS_PAD], self.encode(batch)  # (B, T, Da), (B, T), (B, ...)
@@ -156,7 +166,10 @@ class DiffusionPolicy(nn.Module):
         return (loss * valid).sum() / valid.sum().clamp_min(1)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Encode normalised observations, (B, To, ...) each, into one vector (B, cond_dim)."""
+        """Encode normalised observations, (B, To, ...) each, into one vector (B, cond_dim).
+
+        Pictures may be as recorded, uint8, where each camera has an encoder of its own.
+        """
         parts = [batch[OBS_STATE]] if OBS_STATE in self.features.vectors else []
         if self.encoders:
             parts.append(self._encode_images([batch[camera] for camera in self.features.cameras]))
@@ -166,13 +179,13 @@ class DiffusionPolicy(nn.Module):
 
     def _encode_images(self, cameras: list[Tensor]) -> Tensor:
         """Encode N cameras, (B, To, C, h, w) each, into (B, To, N * feature_dim)."""
-        steps = cameras[0].shape[1]
+        steps, ranges = cameras[0].shape[1], [self.normalizer.ranges(camera) for camera in self.features.cameras]
         if self.use_separate_rgb_encoder_per_camera:
-            pairs = zip(self.encoders, cameras, strict=True)
-            encoded = [encoder(images.flatten(0, 1)) for encoder, images in pairs]  # N x (B To, F)
+            each = zip(self.encoders, cameras, ranges, strict=True)
+            encoded = [encoder(images.flatten(0, 1), own) for encoder, images, own in each]  # N x (B To, F)
             return rearrange(torch.stack(encoded), "n (b s) f -> b s (n f)", s=steps)
         images = cameras[0] if len(cameras) == 1 else torch.stack(cameras, dim=2).flatten(1, 2)  # (B, To N, C, h, w)
-        encoded_all = self.encoders[0](images.flatten(0, 1))  # (B To N, F)
+        encoded_all = self.encoders[0](images.flatten(0, 1), ranges[0])  # (B To N, F)
         return rearrange(encoded_all, "(b s n) f -> b s (n f)", s=steps, n=len(cameras))
 
     # --- acting -------------------------------------------------------------------------------------------------------

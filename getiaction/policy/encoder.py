@@ -20,6 +20,7 @@ from torchvision.transforms import functional as pictures
 
 from getiaction.policy.fast.convolution import replace_convolutions
 from getiaction.policy.fast.kernels import picture_kernels_for
+from getiaction.policy.normalizer import Ranges, normalize_by
 
 
 class SpatialSoftmax(nn.Module):
@@ -126,10 +127,18 @@ class ImageEncoder(nn.Module):
             images = pictures.center_crop(images, list(self.crop_shape))
         return images.unflatten(0, lead) if lead else images[0]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode normalised pictures, (B, C, h, w) of `input_shape`, into (B, feature_dim)."""
+    def forward(self, images: Tensor, ranges: Ranges | None = None) -> Tensor:
+        """Encode pictures, (B, C, h, w) of `input_shape`, into (B, feature_dim).
+
+        Args:
+            images: normalised; or uint8, as recorded.
+            ranges: what normalises those, besides dividing them by 255; a GPU does it on the way.
+        """
         kernels = picture_kernels_for(self.backbone, images)
-        features = self.backbone(images) if kernels is None else kernels.run(self.backbone, images)
+        if kernels is not None:
+            features = kernels.run(self.backbone, images, ranges)
+        else:
+            features = self.backbone(normalize_by(ranges, images) if images.dtype == torch.uint8 else images)
         keypoints = self.pool(features)  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from getiaction.keys import ACTION, OBS_ENV_STATE, OBS_STATE, is_camera
+
+Ranges = tuple[Tensor, Tensor, Tensor]
+"""Shift, scale and offset of one feature, each of the shape of its statistics."""
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """key -> {"min", "max", "mean", "std"} -> (D,) for vectors, (C, 1, 1) in [0, 1] for cameras."""
@@ -48,43 +51,53 @@ class Normalizer(nn.Module):
             ):
                 self.register_buffer(f"{name}_{self._index[key]}", value, persistent=False)
 
-    def _affine(self, key: str) -> tuple[Tensor, Tensor, Tensor]:
-        index = self._index[key]
+    def ranges(self, key: str) -> Ranges | None:
+        """Return what normalises a feature; None if it has no statistics."""
+        index = self._index.get(key)
+        if index is None:
+            return None
         return self.get_buffer(f"shift_{index}"), self.get_buffer(f"scale_{index}"), self.get_buffer(f"offset_{index}")
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """Normalise one feature, (..., D) or (..., C, H, W); uint8 pictures count as value / 255."""
-        if value.dtype == torch.uint8:
-            value = value.float().div_(255)
-        if key not in self._index:
-            return value
-        shift, scale, offset = self._affine(key)
-        return (value - shift) * scale + offset
+        return normalize_by(self.ranges(key), value)
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
         """Take a normalised feature, (..., D), back to the dataset's units."""
-        if key not in self._index:
+        ranges = self.ranges(key)
+        if ranges is None:
             return value
-        shift, scale, offset = self._affine(key)
+        shift, scale, offset = ranges
         return (value - offset) / scale + shift
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor], *, but: Sequence[str] = ()) -> dict[str, Tensor]:
         """Normalise every feature of a batch that has statistics, and pictures; pass the rest through.
 
         Args:
             batch: key -> (B, To or T, D), raw units, or (B, To, C, h, w), uint8 or in [0, 1].
+            but: keys to pass through as well.
 
         Returns:
             The same keys and shapes.
         """
         return {
-            key: self.normalize(key, value) if key in self._index or is_camera(key) else value
+            key: self.normalize(key, value) if key not in but and (key in self._index or is_camera(key)) else value
             for key, value in batch.items()
         }
 
 
-def affine(key: str, stats: Mapping[str, Tensor], mode: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (shift, scale, offset) of one feature, each of the shape of its statistics.
+def normalize_by(ranges: Ranges | None, value: Tensor) -> Tensor:
+    """Normalise one feature, (..., D) or (..., C, H, W); uint8 pictures count as value / 255."""
+    if value.dtype == torch.uint8:
+        value = value.float().div_(255)
+    if ranges is None:
+        return value
+    shift, scale, offset = ranges
+    return (value - shift) * scale + offset
+
+
+def affine(key: str, stats: Mapping[str, Tensor], mode: str) -> Ranges:
+    """Return what normalises one feature.
 
     Raises:
         ValueError: the mode is unknown, or needs statistics that are missing.

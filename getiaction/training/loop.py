@@ -24,6 +24,7 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.signals import stop_on_signals
+from getiaction.training.adam import Stepper
 from getiaction.training.background import Background, has_room, policy_on_host, state_on_host
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock, is_due
@@ -71,7 +72,7 @@ class Trainer:
         evaluate: rolls a policy out, given the step, whether it is the last, and what tells whether to stop, when it
             returns None; None if nothing is rolled out.
         keep_best: keep the policy with the best score as well.
-        replays: as `Update` takes it.
+        replays, stepper: as `Update` takes them.
         saves_aside: train on while a checkpoint is written, where the host has memory for a copy of all that is saved.
     """
 
@@ -91,6 +92,7 @@ class Trainer:
     data: str = ""  # fingerprint of the episodes
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
     replays: bool = False
+    stepper: Stepper | None = None
     saves_aside: bool = False
     step: int = field(default=0, init=False)
     saved: int | None = field(default=None, init=False)  # the step of the newest checkpoint of this process
@@ -102,7 +104,9 @@ class Trainer:
     def __post_init__(self) -> None:
         """Put together what takes a step."""
         limit = self.plan.max_grad_norm
-        self.update = Update(self.accelerator, self.model, self.optimizer, limit, replays=self.replays)
+        self.update = Update(
+            self.accelerator, self.model, self.optimizer, limit, replays=self.replays, stepper=self.stepper
+        )
 
     @property
     def best(self) -> DiffusionPolicy:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from getiaction.data.gather import Batch
+from getiaction.policy.fast.casts import shadows_of
 from getiaction.policy.fast.replay import Replay
 from getiaction.policy.fast.watch import is_watched
+from getiaction.training.adam import Stepper
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,23 @@ class Update:
         max_norm: where to clip, or None.
         replays: do it as a CUDA graph from the third step on, with the same sums; needs what `can_replay` asks for. A
             fused Adam or AdamW is part of the graph; other optimisers step outside.
+        stepper: updates weights while gradients still come, where steps are replayed and nothing is done to all
+            gradients before.
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, *, replays: bool
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        max_norm: float | None,
+        *,
+        replays: bool,
+        stepper: Stepper | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.max_norm, self.replays = max_norm, replays
+        self.stepper = stepper if replays and max_norm is None and accelerator.scaler is None else None
         self.replay: Replay | None = None
         self._rates = Rates(optimizer.optimizer, accelerator.device) if replays else None
         self._gradients: list[Tensor | None] = []  # where a graph leaves them
@@ -89,15 +101,18 @@ class Update:
                 each = len(flat) // count
                 rows = [flat[first : first + each] for first in range(0, len(flat), each)]
                 regrouped = [Part(dict(zip(keys, row[:-2], strict=True)), row[-2], row[-1]) for row in rows]
-                loss = here._compute(regrouped, [1.0] * count)
-                if whole:
-                    with rates.as_a_graph_reads_them(on_device=torch.cuda.is_current_stream_capturing()):
-                        here.optimizer.step()
+                if not whole:
+                    return here._compute(regrouped, [1.0] * count)
+                with rates.as_a_graph_reads_them(on_device=torch.cuda.is_current_stream_capturing()):
+                    loss = here._compute(regrouped, [1.0] * count)
+                    here.optimizer.step()
                 return loss
 
             self.replay = Replay(compute, parts[0].noise.device)
         if whole:
             rates.take_over()
+        if self.replay.captured and (shadows := shadows_of(self.model)) is not None:
+            shadows.bring_up_to_date()  # the graph takes for granted that nobody but itself changes weights
         loss = self.replay(*(tensor for part in parts for tensor in part.flat()))
         if not whole:
             if self.replay.captured:
@@ -114,7 +129,10 @@ class Update:
             is_last = part is parts[-1]
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss = self.model(part.batch, part.noise, part.timesteps) * (weight / len(parts))
-                self.accelerator.backward(loss)
+                alone = len(parts) == 1 and self.replays and self._rates is not None and self._rates.fit
+                ahead = self.stepper.ahead(loss) if alone and self.stepper is not None else None
+                with ahead or contextlib.nullcontext():
+                    self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         if self.max_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)

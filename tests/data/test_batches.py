@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
 from getiaction.data.batches import Share, TrainingBatches, is_resident, prefetched
@@ -188,6 +190,24 @@ def test_crop_on_device_equals_crop_on_host(toy_episodes, shape: tuple[int, int]
     on_device = crop_on_device(torch.from_numpy(frames), torch.from_numpy(rows), places, shape)
     assert on_device.dtype == torch.uint8
     assert np.array_equal(on_device.numpy(), on_host)
+
+
+def test_whoever_crops_faster_is_asked_on_the_device_alone(toy_episodes) -> None:
+    given: list[Any] = []
+
+    def crop(frames: Tensor, rows: Tensor, corners: Tensor, shape: tuple[int, int]) -> Tensor:
+        given.append((frames.shape, rows.shape, corners.tolist(), shape))
+        return frames[rows]
+
+    gatherer = make_gatherer(toy_episodes())
+    gatherer.crop = crop
+    gatherer.gather(np.arange(4))
+    assert not given
+    gatherer.on_device, gatherer.frames_on_device = True, {TOP: torch.zeros(9, 10, 12, 3, dtype=torch.uint8)}
+    gatherer.cameras = (TOP,)
+    pictures = gatherer.gather(np.arange(4), np.array([[[1, 2]]] * 4))[TOP]
+    assert given == [((9, 10, 12, 3), (4, 2), [[1, 2]] * 4, CROP)]
+    assert pictures.shape == (4, 2, 3, 10, 12)
 
 
 # --- batches

@@ -5,8 +5,11 @@ tests/policy/fast/test_fused.py starts the process in which the interpreter does
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import os
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from getiaction.policy.fast.casts import keep_shadows, shadows_of
+from getiaction.policy.fast.convolution import Conv1d, Conv2d
 from getiaction.training import adam
 from getiaction.training.adam import update_many_at_once
 from getiaction.training.ema import Ema
@@ -119,6 +124,171 @@ def test_steps_average_the_weights_that_they_have(alone: None) -> None:
         assert (number < 2) == torch.equal(*(next(one.parameters()) for one in (averages[0].average, modules[0])))
 
 
+def loss_of(weights: list[nn.Parameter], number: int) -> torch.Tensor:
+    """Return what gives weights the gradients that `step` gives them."""
+    torch.manual_seed(number)
+    chosen = [torch.empty_like(weight).normal_() for weight in weights[:-1]]
+    return torch.stack([(one * weight).sum() for one, weight in zip(chosen, weights, strict=False)]).sum()
+
+
+def test_weights_updated_ahead_of_a_step_are_updated_once(alone: None) -> None:
+    """Bit for bit as in the step, with their averages."""
+    modules = [nn.Module(), nn.Module()]
+    for module in modules:
+        module.weights = nn.ParameterList(make_weights() + make_weights())
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True) for module in modules]
+    averages = [Ema(module) for module in modules]
+    follow = [ema.follow(module, torch.device(DEVICE)) for ema, module in zip(averages, modules, strict=True)]
+    steppers = [update_many_at_once(*both) for both in zip(optimizers, follow, strict=True)]
+    for number in range(4):
+        for module, ema, optimizer, stepper in zip(modules, averages, optimizers, steppers, strict=True):
+            weights = list(module.parameters())
+            before = [weight.detach().clone() for weight in weights]
+            ema.prepare(number)
+            assert stepper is not None
+            loss = loss_of(weights, number)
+            with stepper.ahead(loss) if optimizer is optimizers[0] else contextlib.nullcontext():
+                loss.backward()
+            ahead = sum(not torch.equal(*pair) for pair in zip(before, weights, strict=True))
+            assert (0 < ahead < len(weights)) is (optimizer is optimizers[0])
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(module, number)
+        pairs = zip(*(ema.average.parameters() for ema in averages), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        assert all(torch.equal(*pair) for pair in zip(*(module.parameters() for module in modules), strict=True))
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert {float(entry["step"]) for entry in states[0].values()} == {4.0}
+    assert all(torch.equal(states[0][key]["exp_avg"], states[1][key]["exp_avg"]) for key in states[1])
+
+
+@pytest.mark.parametrize("listens", ["step", "gradient", "accumulated", "anomaly", "twice", "nobody"])
+def test_nobody_is_ahead_of_who_listens(alone: None, listens: str) -> None:
+    """He may change the gradients, or read them; nor is anybody whose gradients autograd adds up."""
+    weights = make_weights() + make_weights()
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    stepper = update_many_at_once(optimizer)
+    assert stepper is not None
+    before = [weight.detach().clone() for weight in weights]
+    handles: dict[str, Any] = {
+        "step": lambda: optimizer.register_step_pre_hook(lambda *_: None),
+        "gradient": lambda: weights[0].register_hook(lambda *_: None),
+        "accumulated": lambda: weights[0].register_post_accumulate_grad_hook(lambda *_: None),
+    }
+    loss = loss_of(weights, 0)
+    loss = loss + weights[3].sum() if listens == "twice" else loss
+    heard = handles[listens]() if listens in handles else None
+    with torch.autograd.set_detect_anomaly(listens == "anomaly"), stepper.ahead(loss):
+        loss.backward()
+    assert all(torch.equal(*pair) for pair in zip(before, weights, strict=True)) is (listens != "nobody")
+    del heard
+
+
+def test_a_backward_pass_that_breaks_off_leaves_the_next_step_whole(alone: None) -> None:
+    weights = make_weights() + make_weights()
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    stepper = update_many_at_once(optimizer)
+    assert stepper is not None
+    loss = loss_of(weights, 0)
+
+    def break_off() -> None:
+        with stepper.ahead(loss):
+            loss.backward()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    before = [weight.detach().clone() for weight in weights]
+    step(optimizer, weights, 1)
+    assert not any(torch.equal(*pair) for pair in zip(before[:-1], weights[:-1], strict=True))
+
+
+def test_weights_that_do_not_learn_are_left_alone(alone: None) -> None:
+    weights = make_weights() + make_weights()
+    weights[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(weights[:-1], lr=1e-2, fused=True)
+    stepper = update_many_at_once(optimizer)
+    optimizer.add_param_group({"params": weights[-1:]})
+    assert stepper is not None
+    before = [weight.detach().clone() for weight in weights]
+    loss = loss_of([*weights, weights[0]], 0)
+    with stepper.ahead(loss):
+        loss.backward()
+    optimizer.step()
+    assert torch.equal(before[0], weights[0])
+    assert not any(torch.equal(*pair) for pair in zip(before[1:], weights[1:], strict=True))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+def test_a_closure_that_comes_too_late_is_refused(alone: None) -> None:
+    weights = make_weights() + make_weights()
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    stepper = update_many_at_once(optimizer)
+    assert stepper is not None
+    with stepper.ahead(loss := loss_of(weights, 0)):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="comes too late"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+def test_an_optimiser_that_is_let_go_is_gone(alone: None) -> None:
+    """Without the garbage collector: its moments are as large as all weights twice over."""
+    weights = make_weights()
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+    update_many_at_once(optimizer)
+    step(optimizer, weights, 0)
+    moment = weakref.ref(optimizer.state[weights[0]]["exp_avg"])
+    gc.disable()
+    try:
+        del optimizer
+        assert moment() is None
+    finally:
+        gc.enable()
+    assert not any(weight._post_accumulate_grad_hooks for weight in weights)
+
+
+def test_steps_write_weights_in_another_type_as_well(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(Conv1d(3, 5, 3), nn.GroupNorm(1, 5), Conv2d(3, 4, 3)).to(DEVICE)
+    module[2].to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+    shadows = keep_shadows(module, torch.bfloat16)
+    assert shadows_of(module) is shadows
+    assert len(shadows.of) == 4
+    update_many_at_once(optimizer, None, shadows)
+    shadows.bring_up_to_date()
+
+    def are_the_weights() -> bool:
+        apart = 0.0 if ON_GPU else 2**-7  # the interpreter does not round
+        pairs = [(shadow.float(), weight.detach().bfloat16().float()) for weight, shadow in shadows.of.items()]
+        return all(torch.allclose(*pair, rtol=apart, atol=0.0) for pair in pairs)
+
+    assert are_the_weights()
+    module[0].weight.grad = torch.ones_like(module[0].weight)
+    before = {weight: shadow._version for weight, shadow in shadows.of.items()}
+    optimizer.step()
+    changed = [weight is module[0].weight for weight, shadow in shadows.of.items() if shadow._version != before[weight]]
+    assert changed == [True]  # a backward pass through one must notice its change, through the others nothing
+    copy = torch._foreach_copy_
+    for number in range(3):
+        monkeypatch.setattr(torch, "_foreach_copy_", None)
+        for weight in module.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert are_the_weights()
+        shadows.bring_up_to_date()  # nothing to copy
+        monkeypatch.setattr(torch, "_foreach_copy_", copy)
+        if number == 0:
+            module.load_state_dict({key: value * 2 for key, value in module.state_dict().items()})
+        elif number == 1:
+            module[0].weight.data = module[0].weight.data + 1
+        else:
+            continue
+        assert not are_the_weights()
+        shadows.bring_up_to_date()
+        assert are_the_weights()
+
+
 def test_averages_that_lie_otherwise_are_left_to_pytorch(kernel: ModuleType) -> None:
     module = nn.Linear(3, 4).to(DEVICE)
     ema = Ema(module)
@@ -195,7 +365,7 @@ class Other(torch.optim.AdamW):
 def test_steps_that_are_left_to_pytorch(
     kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(adam, "update", None)
+    monkeypatch.setattr(adam.Stepper, "_launch", None)
     rest = {"kind": torch.optim.AdamW, "closure": None, "fused": True, **options}
     kind, closure = rest.pop("kind"), rest.pop("closure")
     weight = nn.Parameter(torch.ones(4, 4, device=DEVICE))
@@ -207,7 +377,7 @@ def test_steps_that_are_left_to_pytorch(
 
 
 def test_a_gradient_scaler_is_left_to_pytorch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "update", None)
+    monkeypatch.setattr(adam.Stepper, "_launch", None)
     weight = nn.Parameter(torch.ones(4, device=DEVICE))
     optimizer = torch.optim.AdamW([weight], fused=True)
     update_many_at_once(optimizer)
@@ -269,11 +439,17 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(aligned: bool) -> None:
 
     kernel = importlib.import_module("getiaction.training.adam_kernel").adam_kernel
     tuples = ("weights", "gradients", "means", "squares", "averages", "steps")
-    constants = {"ALIGNED": aligned, "DECOUPLED": True, "FOLLOWS": True, "COUNT": 3, "BLOCK": 1024}
+    constants = {"ALIGNED": aligned, "DECOUPLED": True, "FOLLOWS": True, "CASTS": True, "COUNT": 3, "BLOCK": 1024}
     types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(tuples, ("*fp32",) * 3)
-    types |= {"ends": "*i32", "sizes": "*i32", "lr": "*fp32", "share": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= {
+        "shadows": ("*bf16",) * 3,
+        "ends": "*i32",
+        "sizes": "*i32",
+        "lr": "*fp32",
+        "share": "*fp32",
+    } | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
-    attributes = {(i, j): [["tt.divisibility", 16]] for i in range(5) for j in range(3)}
+    attributes = {(i, j): [["tt.divisibility", 16]] for i in range(6) for j in range(3)}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     found = compile(source, target=GPUTarget("cuda", 90, 32)).asm
     assert ("ld.global.v4" in found["ptx"]) is aligned  # four numbers at once

@@ -246,7 +246,11 @@ def test_ctrl_c_does_not_leave_a_call_behind(monkeypatch: pytest.MonkeyPatch) ->
 def test_on_a_gpu_a_run_saves_aside_what_one_that_waits_saves(tiny: Any, helpers: Any, tmp_path: Path) -> None:
     for name in ("aside", "waiting"):
         trainer = tiny.trainer(
-            tmp_path / name, "hardware.device=cuda", "training.max_steps=40", "training.save_every=10"
+            tmp_path / name,
+            "hardware.device=cuda",
+            "training.max_steps=40",
+            "training.save_every=10",
+            "training.keep_checkpoints=4",
         )
         assert trainer.saves_aside
         trainer.saves_aside = name == "aside"

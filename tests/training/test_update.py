@@ -11,6 +11,7 @@ from torch import nn
 
 from getiaction.config import run
 from getiaction.config.sources import find_data
+from getiaction.training.adam import Stepper
 from getiaction.training.checkpoint import read_average, read_state
 from getiaction.training.metrics import read_metrics
 from getiaction.training.resume import resume
@@ -58,6 +59,35 @@ def test_replayed_steps_are_the_plain_ones(
     assert losses(tmp_path / "replayed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
     for key, value in weights["plain"].items():
         assert torch.allclose(weights["replayed"][key], value, rtol=1e-2, atol=1e-4), key
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("more", ["", "pictures", "backbone.norm=batch", "optimizer=adam"])
+def test_weights_that_learn_beside_the_backward_pass_learn_the_same(
+    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, more: str
+) -> None:
+    """Bit for bit, with their averages."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    overrides = [f"hardware.mixed_precision={precision}", "training.max_grad_norm=null", "training.max_steps=12"]
+    overrides += [*helpers.WITH_PICTURES, more] if more not in ("", "pictures") else []
+    overrides += [*helpers.WITH_PICTURES] if more == "pictures" else []
+    weights, updated = [], []
+    launch = Stepper._launch
+    monkeypatch.setattr(
+        Stepper, "_launch", lambda own, *given: (updated.append(bool(own._groups)), launch(own, *given))
+    )
+    for name in ("beside", "after"):
+        trainer = tiny.trainer(tmp_path / name, *ON_GPU, *overrides)
+        torch.backends.cudnn.benchmark = False
+        trainer.update.stepper = trainer.update.stepper if name == "beside" else None
+        updated.clear()
+        trainer.fit()
+        assert any(updated) is (name == "beside")
+        assert trainer.update.replay.captured
+        weights.append({key: value.cpu() for key, value in weights_of(trainer).items()})
+    for key, value in weights[0].items():
+        assert torch.equal(weights[1][key], value), key
 
 
 def test_a_cpu_replays_nothing(tiny: Any, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from getiaction.policy.fast.kernels import cast, few_kernels_for, kernels_for, multiplied_in
+from getiaction.policy.fast.beside import are_leaves, beside, lay_as
+from getiaction.policy.fast.casts import cast, multiplied_in
+from getiaction.policy.fast.kernels import few_kernels_for, kernels_for
 from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
@@ -128,7 +130,7 @@ def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
 
 
 def learns_under_autocast(layer: Conv2d, x: Tensor) -> bool:
-    """Tell whether weights that were cast ahead can be used (see `kernels.cast_ahead`): on a GPU, with gradients."""
+    """Tell whether weights that were cast ahead can be used (see `casts.cast_ahead`): on a GPU, with gradients."""
     if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda") or layer.by_library or not is_plain(layer):
         return False
     return x.ndim == 4 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -208,18 +210,26 @@ class _CastConvolution(torch.autograd.Function):
         narrow = x.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
         ctx.save_for_backward(narrow, multiplied)
         ctx.types = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.leaves, ctx.strides = are_leaves(weight, bias), weight.stride()
         ctx.bias, ctx.window = None if bias is None else list(bias.shape), (stride, padding)
         return torch.convolution(narrow, multiplied, summand, stride, padding, (1, 1), False, (0, 0), 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        found = torch.ops.aten.convolution_backward(
-            gradients[0], x, weight, ctx.bias, *ctx.window, (1, 1), False, (0, 0), 1, needed
-        )
-        pairs = zip(found, ctx.types, strict=True)
-        return *(None if one is None else one.to(dtype) for one, dtype in pairs), None, None
+        (x, weight), (needs_x, *others) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        sizes = ctx.bias, *ctx.window, (1, 1), False, (0, 0), 1
+        by_x: Tensor | None = None
+        with beside(ctx.leaves, gradients[0], x):
+            found = torch.ops.aten.convolution_backward(gradients[0], x, weight, *sizes, (False, *others))
+            by_weight, by_bias = (
+                None if one is None else one.to(dtype) for one, dtype in zip(found[1:], ctx.types[1:], strict=True)
+            )
+            by_weight = None if by_weight is None else lay_as(by_weight, ctx.strides)
+        if needs_x:
+            by_x = torch.ops.aten.convolution_backward(gradients[0], x, weight, *sizes, (True, False, False))[0]
+            by_x = by_x.to(ctx.types[0])
+        return by_x, by_weight, by_bias, None, None
 
 
 def weight_gradient(

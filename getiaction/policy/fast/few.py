@@ -15,8 +15,8 @@ import triton
 from torch import Tensor, nn
 from torch.nn import functional
 
+from getiaction.policy.fast.casts import cast, multiplied_in
 from getiaction.policy.fast.few_kernel import few_kernel, unfold_picture_kernel
-from getiaction.policy.fast.kernels import cast, multiplied_in
 
 MOST = 2**27  # multiplications, up to which this is faster
 ROWS = 4  # of a program

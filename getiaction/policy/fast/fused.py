@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from getiaction.policy.fast import few
+from getiaction.policy.fast.beside import are_leaves, beside, lay_as
+from getiaction.policy.fast.casts import cast, multiplied_in
 from getiaction.policy.fast.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
-from getiaction.policy.fast.kernels import cast, multiplied_in
 from getiaction.policy.fast.sums import add_rows
 
 BLOCK = 1024  # numbers that a program copies
@@ -91,6 +92,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(windows, multiplied)
         ctx.types, ctx.window = (x.dtype, weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
         ctx.rows, ctx.steps = len(x), x.shape[2]
+        ctx.leaves, ctx.strides = are_leaves(weight, bias), weight.stride()
         return product.view(len(x), -1, len(weight)).transpose(1, 2)
 
     @staticmethod
@@ -99,13 +101,15 @@ class _Convolution(torch.autograd.Function):
         (windows, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], 1, 1, 0, weight.dtype)  # (B T', C')
         by_x = by_weight = by_bias = None
+        with beside(ctx.leaves, gradient, windows):
+            if ctx.needs_input_grad[1]:
+                found = multiply_into(gradient.t(), windows, ctx.types[1])
+                by_weight = lay_as(found.view_as(weight), ctx.strides)
+            if ctx.needs_input_grad[2]:
+                [by_bias] = add_rows(gradient[None], ctx.types[2])
         if ctx.needs_input_grad[0]:
             spread = gradient @ weight.flatten(1)
             by_x = fold(spread, ctx.rows, ctx.steps, kernel, stride, padding, dtype=ctx.types[0])
-        if ctx.needs_input_grad[1]:
-            by_weight = multiply_into(gradient.t(), windows, ctx.types[1]).view_as(weight)
-        if ctx.needs_input_grad[2]:
-            [by_bias] = add_rows(gradient[None], ctx.types[2])
         return by_x, by_weight, by_bias, None, None
 
 
@@ -119,6 +123,7 @@ class _TransposedConvolution(torch.autograd.Function):
         windows = unfold(x, 1, 1, 0, dtype) @ multiplied.flatten(1)  # (B T, C' k)
         ctx.save_for_backward(x, multiplied)
         ctx.types, ctx.window = (weight.dtype, bias.dtype), (kernel, stride, padding)
+        ctx.leaves, ctx.strides = are_leaves(weight, bias), weight.stride()
         return fold(windows, len(x), steps, kernel, stride, padding, bias, dtype)
 
     @staticmethod
@@ -127,12 +132,14 @@ class _TransposedConvolution(torch.autograd.Function):
         (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype)  # (B T, C' k)
         by_x = by_weight = by_bias = None
+        with beside(ctx.leaves, gradient, x, gradients[0]):
+            if ctx.needs_input_grad[1]:
+                found = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, ctx.types[0])
+                by_weight = lay_as(found.view_as(weight), ctx.strides)
+            if ctx.needs_input_grad[2]:
+                [by_bias] = add_rows(gradients[0].transpose(1, 2).flatten(0, 1)[None], ctx.types[1])
         if ctx.needs_input_grad[0]:
             by_x = (gradient @ weight.flatten(1).t()).view(len(x), x.shape[2], -1).to(x.dtype).transpose(1, 2)
-        if ctx.needs_input_grad[1]:
-            by_weight = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, ctx.types[0]).view_as(weight)
-        if ctx.needs_input_grad[2]:
-            [by_bias] = add_rows(gradients[0].transpose(1, 2).flatten(0, 1)[None], ctx.types[1])
         return by_x, by_weight, by_bias, None, None
 
 
@@ -171,6 +178,7 @@ class _Block(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(x, start, weight, bias, film)
         ctx.groups, ctx.eps, ctx.residual = groups, eps, None if residual is None else residual.dtype
+        ctx.leaves = are_leaves(start, weight, bias)
         return out.transpose(1, 2)
 
     @staticmethod
@@ -192,7 +200,8 @@ class _Block(torch.autograd.Function):
                 STARTS=start is not None, SCALES=scales, SHIFTS=film is not None,
                 **tile(steps, size, NUMBERS_A_WARP_BACKWARDS),
             )  # fmt: skip
-        by_weight, by_bias, *by_start = add_rows(by_affine, weight.dtype)
+        with beside(ctx.leaves, by_affine):
+            by_weight, by_bias, *by_start = add_rows(by_affine, weight.dtype)
         by_residual = None if ctx.residual is None else gradient.to(ctx.residual)
         return by_x.transpose(1, 2), *(by_start or [None]), by_weight, by_bias, by_film, by_residual, None, None
 
@@ -210,7 +219,8 @@ class _Films(torch.autograd.Function):
         torch._foreach_copy_(summands.split(sizes), biases)
         seen = cond.to(dtype)
         ctx.save_for_backward(seen, matrix)
-        ctx.types, ctx.sizes = (cond.dtype, weights[0].dtype), sizes
+        ctx.types, ctx.sizes, ctx.leaves = (cond.dtype, weights[0].dtype), sizes, are_leaves(*numbers)
+        ctx.strides = [weight.stride() for weight in weights]
         return torch.addmm(summands, seen, matrix.t())
 
     @staticmethod
@@ -218,9 +228,12 @@ class _Films(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (cond, matrix), (cond_dtype, dtype) = ctx.saved_tensors, ctx.types
         gradient = gradients[0].to(matrix.dtype)
+        with beside(ctx.leaves, gradient, cond):
+            each = multiply_into(gradient.t(), cond, dtype).split(ctx.sizes)
+            by_weights = [lay_as(one, strides) for one, strides in zip(each, ctx.strides, strict=True)]
+            by_biases = add_rows(gradient[None], dtype)[0].split(ctx.sizes)
         by_cond = multiply_into(gradient, matrix, cond_dtype) if ctx.needs_input_grad[0] else None
-        by_weights = multiply_into(gradient.t(), cond, dtype).split(ctx.sizes)
-        return by_cond, *by_weights, *add_rows(gradient[None], dtype)[0].split(ctx.sizes)
+        return by_cond, *by_weights, *by_biases
 
 
 def tile(steps: int, size: int, numbers_a_warp: int = NUMBERS_A_WARP) -> dict[str, int]:

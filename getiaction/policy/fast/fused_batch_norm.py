@@ -137,12 +137,15 @@ def normalise_between(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return normalise(norm, x, rectify=True)
 
 
-def branch(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; return it for an addition, and for a convolution."""
+def branch(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor, *, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; return it for an addition, and for a convolution.
+
+    With `narrow` it is for two convolutions, and has x's type, which the kernels' results have anyway.
+    """
     if lies_last(x) and x.numel() > x.shape[1]:
         return _BatchNorm.apply(x, *numbers_of(norm, residual), True, True)
     y = normalise(norm, x, residual=residual, rectify=True)
-    return y, y
+    return (y.to(x.dtype), y.to(x.dtype)) if narrow else (y, y)
 
 
 def normalise_and_pool(norm: nn.BatchNorm2d, pooling: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 PyTorch's group norm takes pictures with the channels first only, so it copies before, and the next convolution after;
 the addition and the ReLU are kernels of their own. Here norm, addition and ReLU read their input and write their output
-once, as the convolutions leave and take them, and so does norm, ReLU and max pooling, which remembers in a byte, not in
-eight, which number it took. The maths is the same, in float32.
+once, as the convolutions leave and take them, and so does norm, ReLU and max pooling, which remembers the numbers that
+it took, and in a byte, not in eight, where each was. The maths is the same, in float32.
 
 Import it only where there is a CUDA GPU: Triton comes with PyTorch's builds for them.
 """
@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from getiaction.policy.fast.fused_group_norm_kernels import (
-    norm_backward_kernel,
-    norm_kernel,
-    pool_backward_kernel,
-    pool_kernel,
-)
+from getiaction.policy.fast.beside import are_leaves, beside
+from getiaction.policy.fast.fused_group_norm_kernels import norm_backward_kernel, norm_kernel
+from getiaction.policy.fast.fused_pooling_kernels import pool_backward_kernel, pool_kernel
 from getiaction.policy.fast.sums import add_rows
 from getiaction.policy.fast.twin import lay, lies_last, twin
 
 # What a program holds at a time, and how much of it a warp does, as measured: benchmarks/NOTES.md.
 HELD, NUMBERS_A_WARP = 8192, 1024
-POOLED, POOLED_BACKWARDS, POOLED_A_WARP = 2048, 1024, 256
+# Of small groups it holds several, up to so many numbers; with 0 always one. This is not measured.
+TOGETHER = 1024
+POOLED, POOLED_BACKWARDS, POOLED_A_WARP = 2048, 2048, 256
+# Of windows of 3x3 at every second place a program holds this many times four numbers backwards. This is not measured.
+POOLED_SQUARES = 1024
 LARGEST_WINDOW = 11  # whose places a byte can tell apart
 LAST = torch.channels_last
 
@@ -37,8 +38,8 @@ LAST = torch.channels_last
 class _Norm(torch.autograd.Function):
     """Normalise groups of x (B, C, H, W), add `residual`, cut off what is negative; channels last.
 
-    With `branches` the result comes twice: for what is added later, and, in x's type, for a convolution. The two
-    gradients meet in one kernel.
+    With `branches` the result comes twice: in `dtype` for what is added later, and in x's type for a convolution. The
+    two gradients meet in one kernel.
     """
 
     @staticmethod
@@ -60,15 +61,17 @@ class _Norm(torch.autograd.Function):
         narrow = torch.empty_like(x, memory_format=LAST) if branches and dtype != x.dtype else None
         statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
         around = None if residual is None else residual.contiguous(memory_format=LAST)
+        held = tile(places, size, groups)
         with torch.cuda.device_of(x):
-            norm_kernel[(rows * groups,)](
+            norm_kernel[(rows * groups // held["GROUPS"],)](
                 x, weight, bias, x if around is None else around, out, out if narrow is None else narrow, statistics,
                 places, groups, size, eps,
-                ADDS=around is not None, RECTIFIES=rectify, BRANCHES=narrow is not None, **tile(places, size),
+                ADDS=around is not None, RECTIFIES=rectify, BRANCHES=narrow is not None, **held,
             )  # fmt: skip
         seen = None if residual is None else out if narrow is None else narrow  # what the ReLU let through
         ctx.save_for_backward(x, weight, bias, seen, statistics)
         ctx.groups, ctx.rectify, ctx.residual = groups, rectify, None if residual is None else residual.dtype
+        ctx.leaves = are_leaves(weight, bias)
         ctx.set_materialize_grads(False)
         return out, (twin(out) if narrow is None else narrow) if branches else None
 
@@ -76,21 +79,22 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, seen, statistics = ctx.saved_tensors
-        gradient, beside = lay(gradients)
+        gradient, other = lay(gradients)
         rows, channels, height, width = x.shape
         places, size = height * width, channels // ctx.groups
         by_x = torch.empty_like(x, memory_format=LAST)
         by_residual = None if ctx.residual is None else torch.empty_like(x, dtype=ctx.residual, memory_format=LAST)
         by_affine = torch.empty((2, rows, channels), dtype=torch.float32, device=x.device)
+        held = tile(places, size, ctx.groups)
         with torch.cuda.device_of(x):
-            norm_backward_kernel[(rows * ctx.groups,)](
+            norm_backward_kernel[(rows * ctx.groups // held["GROUPS"],)](
                 x, weight, bias, x if seen is None else seen, statistics, gradient,
-                gradient if beside is None else beside, by_x, by_x if by_residual is None else by_residual, by_affine,
+                gradient if other is None else other, by_x, by_x if by_residual is None else by_residual, by_affine,
                 places, ctx.groups, size,
-                ADDS=by_residual is not None, RECTIFIES=ctx.rectify, JOINS=beside is not None,
-                **tile(places, size),
+                ADDS=by_residual is not None, RECTIFIES=ctx.rectify, JOINS=other is not None, **held,
             )  # fmt: skip
-        by_weight, by_bias = add_rows(by_affine, weight.dtype)
+        with beside(ctx.leaves, by_affine):
+            by_weight, by_bias = add_rows(by_affine, weight.dtype)
         return by_x, by_weight, by_bias, by_residual, None, None, None, None, None
 
 
@@ -116,43 +120,51 @@ class _NormAndPool(torch.autograd.Function):
         pooled = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
         out = torch.empty((rows, channels, *pooled), dtype=dtype, device=x.device, memory_format=LAST)
         narrow = torch.empty_like(out, dtype=x.dtype) if dtype != x.dtype else None
-        taken = torch.empty_like(out, dtype=torch.int8)
+        taken, won = torch.empty_like(out, dtype=torch.int8), torch.empty_like(out, dtype=x.dtype)
         statistics = torch.empty((rows, groups, 2), dtype=torch.float32, device=x.device)
         ctx.sizes = *sides, *pooled, groups, channels // groups
         ctx.window = {"KERNEL": kernel, "STRIDE": stride, "PADDING": padding}
         with torch.cuda.device_of(x):
             pool_kernel[(rows * groups,)](
-                x, weight, bias, out, out if narrow is None else narrow, taken, statistics, *ctx.sizes, eps,
+                x, weight, bias, out, out if narrow is None else narrow, taken, won, statistics, *ctx.sizes, eps,
                 BRANCHES=narrow is not None, **ctx.window, **tile_of_windows(channels // groups, POOLED),
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, taken, statistics)
-        ctx.groups = groups
+        ctx.save_for_backward(x, weight, bias, taken, won, statistics)
+        ctx.groups, ctx.leaves = groups, are_leaves(weight, bias)
         ctx.set_materialize_grads(False)
         return out, twin(out) if narrow is None else narrow
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, taken, statistics = ctx.saved_tensors
-        gradient, beside = lay(gradients)
+        x, weight, bias, taken, won, statistics = ctx.saved_tensors
+        gradient, other = lay(gradients)
         by_x = torch.empty_like(x, memory_format=LAST)
         by_affine = torch.empty((2, len(x), x.shape[1]), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             pool_backward_kernel[(len(x) * ctx.groups,)](
-                x, weight, bias, taken, statistics, gradient, gradient if beside is None else beside, by_x, by_affine,
-                *ctx.sizes,
-                JOINS=beside is not None, **ctx.window, **tile_of_windows(ctx.sizes[-1], POOLED_BACKWARDS),
+                x, weight, bias, taken, won, statistics, gradient, gradient if other is None else other, by_x,
+                by_affine, *ctx.sizes, JOINS=other is not None, **ctx.window,
+                SQUARES=tile_of_windows(ctx.sizes[-1], POOLED_SQUARES)["PLACES"],
+                **tile_of_windows(ctx.sizes[-1], POOLED_BACKWARDS),
             )  # fmt: skip
-        by_weight, by_bias = add_rows(by_affine, weight.dtype)
+        with beside(ctx.leaves, by_affine):
+            by_weight, by_bias = add_rows(by_affine, weight.dtype)
         return by_x, by_weight, by_bias, None, None, None, None
 
 
-def tile(places: int, size: int) -> dict[str, Any]:
-    """Return how much of a group a program holds at a time, whether that is all, and how many warps share the work."""
-    channels, all_places = triton.next_power_of_2(size), triton.next_power_of_2(places)
+def tile(places: int, size: int, groups: int) -> dict[str, Any]:
+    """Return how much of a group a program holds at a time, whether that is all, of how many groups, by how many warps.
+
+    It has several groups, a number that divides `groups`, where each is small.
+    """
+    channels, all_places, together = triton.next_power_of_2(size), triton.next_power_of_2(places), 1
     held = min(all_places, max(HELD // channels, 1))
-    warps = max(1, min(8, held * channels // NUMBERS_A_WARP))
-    return {"WHOLE": held == all_places, "PLACES": held, "CHANNELS": channels, "num_warps": warps}
+    whole = held == all_places
+    while whole and groups % (2 * together) == 0 and 2 * together * held * channels <= TOGETHER:
+        together *= 2
+    warps = max(1, min(8, together * held * channels // NUMBERS_A_WARP))
+    return {"WHOLE": whole, "GROUPS": together, "PLACES": held, "CHANNELS": channels, "num_warps": warps}
 
 
 def tile_of_windows(size: int, numbers: int) -> dict[str, int]:
@@ -181,12 +193,16 @@ def normalise_between(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return normalise(norm, x, rectify=True)
 
 
-def branch(norm: nn.GroupNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; return it for an addition, and for a convolution."""
+def branch(norm: nn.GroupNorm, x: Tensor, residual: Tensor, *, narrow: bool = False) -> tuple[Tensor, Tensor]:
+    """Normalise x (B, C, H, W), add `residual` (B, C, H, W), ReLU; return it for an addition, and for a convolution.
+
+    With `narrow` it is for two convolutions, which under autocast would both round it to x's type, and nothing else is
+    written.
+    """
     if lies_last(x):
-        return _Norm.apply(x, *numbers_of(norm, residual), True, widened(x), True)
+        return _Norm.apply(x, *numbers_of(norm, residual), True, x.dtype if narrow else widened(x), True)
     y = normalise(norm, x, residual=residual, rectify=True)
-    return y, y
+    return (y.to(x.dtype), y.to(x.dtype)) if narrow else (y, y)
 
 
 def normalise_and_pool(norm: nn.GroupNorm, pooling: nn.MaxPool2d, x: Tensor) -> tuple[Tensor, Tensor]:

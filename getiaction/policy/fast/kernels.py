@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from itertools import accumulate
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +15,10 @@ from getiaction.errors import first_line
 from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
-ALIGNED = 64  # numbers, at whose multiples each weight begins that is cast among others
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 TRIALS = ((24, torch.float32, True, 1e-3), (3, torch.float32, False, 1e-3), (20, torch.bfloat16, False, 5e-2))
 """What is compared at the first use: a picture's side, its type, whether something is added, how close it must be."""
 _FOUND: dict[Callable[[], ModuleType], ModuleType | None] = {}
-_CASTS: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)
 
 
 def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
@@ -34,8 +29,14 @@ def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
 
 
 def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None:
-    """Return `fused_pictures.py` for a ResNet that sees x (B, C, H, W), or None where PyTorch's layers are called."""
-    if x.device.type != "cuda" or not len(x) or torch.compiler.is_compiling() or x.dtype not in TAKEN:
+    """Return `fused_pictures.py` for a ResNet that sees x (B, C, H, W), or None where PyTorch's layers are called.
+
+    Args:
+        x: normalised, or uint8.
+    """
+    if x.device.type != "cuda" or not len(x) or torch.compiler.is_compiling():
+        return None
+    if x.dtype not in (*TAKEN, torch.uint8):
         return None
     if getattr(backbone, "by_library", False) or is_watched(*backbone.modules()):
         return None
@@ -75,6 +76,15 @@ def find_kernels() -> ModuleType | None:
 def find_picture_kernels() -> ModuleType | None:
     """Import the kernels for pictures and compare them with PyTorch's; return None where they cannot be used."""
     return _find(_try_pictures) if find_kernels() is not None else None
+
+
+def find_crop() -> Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor] | None:
+    """Import what crops pictures on a GPU; None where Triton's kernels do not run."""
+    if find_kernels() is None:
+        return None
+    from getiaction.policy.fast.fused_crop import crop
+
+    return crop
 
 
 def _find(try_out: Callable[[], ModuleType]) -> ModuleType | None:
@@ -153,66 +163,3 @@ def compare(kernels: Any, norm: nn.GroupNorm | nn.BatchNorm2d) -> None:
 def _with_gradients(result: Tensor, weights: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """Return a result, and the gradients of its weighted sum."""
     return result, *torch.autograd.grad((result.float() * weights).sum(), inputs, retain_graph=True)
-
-
-@contextlib.contextmanager
-def cast_once() -> Iterator[None]:
-    """Let `cast` keep what it makes, for calls without gradients that use the same weights again and again."""
-    token = _CASTS.set({})
-    try:
-        yield
-    finally:
-        _CASTS.reset(token)
-
-
-@contextlib.contextmanager
-def cast_ahead(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let `cast` find the convolutions' weights below `module`, cast in one go: a training step under autocast, say.
-
-    Each on its own takes a kernel, and more time to launch than to run.
-    """
-    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not learns or device.type != "cuda" or not torch.is_autocast_enabled("cuda") or find_kernels() is None:
-        yield
-        return
-    token = _CASTS.set(cast_all(convolved_by(module), torch.get_autocast_dtype("cuda")))
-    try:
-        yield
-    finally:
-        _CASTS.reset(token)
-
-
-def convolved_by(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of the convolutions below `module` that do not use the library: those that call `cast`."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d)]
-    own = [layer for layer in layers if not getattr(layer, "by_library", True)]
-    return [weight for layer in own for weight in layer.parameters()]
-
-
-def cast_all(weights: list[nn.Parameter], dtype: torch.dtype) -> dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]:
-    """Cast weights into one piece of memory; return what `cast` looks up."""
-    taken = [one for one in weights if one.dtype != dtype and torch.ops.aten.is_non_overlapping_and_dense(one)]
-    begins = list(accumulate((-(-one.numel() // ALIGNED) * ALIGNED for one in taken), initial=0))
-    if not taken:
-        return {}
-    memory = torch.empty(begins[-1], dtype=dtype, device=taken[0].device)
-    places = [memory.as_strided(one.shape, one.stride(), begin) for one, begin in zip(taken, begins, strict=False)]
-    torch._foreach_copy_(places, [one.detach() for one in taken])
-    return {(id(one), dtype): (one, place) for one, place in zip(taken, places, strict=True)}
-
-
-def multiplied_in(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type of products: autocast's, or the one that the weights have."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in a type."""
-    kept = _CASTS.get()
-    if weight.dtype == dtype or kept is None or not isinstance(weight, nn.Parameter):  # made for this call, say
-        return weight.to(dtype)
-    place = id(weight), dtype
-    if place not in kept:
-        kept[place] = weight, weight.to(dtype)  # holding the weight keeps its id from others
-    return kept[place][1]

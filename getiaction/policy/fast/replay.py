@@ -39,7 +39,8 @@ class Replay:
     def __init__(self, function: Callable[..., Tensor], device: torch.device, *, is_pure: bool = False) -> None:
         self._function, self._device, self._is_pure, self._calls = function, device, is_pure, 0
         self._warm = threading.local()  # cuBLAS and cuDNN keep what they need for each thread
-        self._stream = torch.cuda.Stream(device)  # of all calls: autograd remembers which one a gradient comes from
+        # of all calls: autograd remembers which one a gradient comes from; ahead of what is launched beside it
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refused = False
         self._inputs: tuple[Tensor, ...] = ()

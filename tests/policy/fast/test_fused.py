@@ -12,15 +12,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
-from getiaction.policy.fast import convolution, kernels
+from getiaction.policy.fast import casts, convolution, kernels
+from getiaction.policy.fast.casts import casts_of, convolved_by, keep_shadows
 from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
-from getiaction.policy.fast.kernels import cast_all, convolved_by
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -67,17 +68,20 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     sides |= {"LAST": True}
     compile_kernel(found.unfold_picture_kernel, ("x", "out"), sides)
     found = importlib.import_module("getiaction.policy.fast.fused_group_norm_kernels")
-    group = {"ADDS": True, "RECTIFIES": True, "WHOLE": True, "PLACES": 512, "CHANNELS": 16}
+    group = {"ADDS": True, "RECTIFIES": True, "WHOLE": True, "GROUPS": 1, "PLACES": 512, "CHANNELS": 16}
     affine = ("x", "weight", "bias", "out", "statistics")
     backwards = (*affine, "gradient", "beside", "by_x", "by_residual", "by_affine")
     half = {"x": "*bf16", "narrow": "*bf16", "beside": "*bf16", "by_x": "*bf16"}
-    for changed in ({}, {"ADDS": False, "WHOLE": False}):
+    for changed in ({}, {"ADDS": False, "WHOLE": False}, {"GROUPS": 16, "PLACES": 16}):
         compile_kernel(found.norm_kernel, (*affine, "residual"), group | changed | {"BRANCHES": True}, **half)
         compile_kernel(found.norm_backward_kernel, backwards, group | changed | {"JOINS": True}, **half)
+    found = importlib.import_module("getiaction.policy.fast.fused_pooling_kernels")
     pooling = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "PLACES": 128, "CHANNELS": 16}
-    others = {**half, "taken": "*i8"}
+    others = {**half, "taken": "*i8", "won": "*bf16"}
     compile_kernel(found.pool_kernel, affine, pooling | {"BRANCHES": True}, **others)
-    compile_kernel(found.pool_backward_kernel, backwards, pooling | {"JOINS": True}, **others)
+    pooling |= {"JOINS": True, "SQUARES": 32}
+    for changed in ({}, {"KERNEL": 5, "PADDING": 2}):
+        compile_kernel(found.pool_backward_kernel, backwards, pooling | changed, **others)
     found = importlib.import_module("getiaction.policy.fast.fused_batch_norm_kernels")
     rows, half = {"ROWS": 32, "CHANNELS": 64}, {"x": "*bf16", "gradient": "*bf16", "beside": "*bf16", "by_x": "*bf16"}
     compile_kernel(found.measure_kernel, ("means", "squares"), rows, **half)
@@ -92,9 +96,16 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
         (found.gradient_kernel, ("RECTIFIES", "JOINS")),
     ):
         compile_kernel(kernel, affine, rows | {name: more[name] for name in taken}, **half)
-    found = importlib.import_module("getiaction.policy.fast.fused_stem")
-    folding = {"COLOURS": 3, "DEPTH": 16, "PADDING": 3, "BLOCK": 1024}
-    compile_kernel(found.space_to_depth_kernel, ("x",), folding, out="*bf16")
+    found = importlib.import_module("getiaction.policy.fast.fused_stem_kernels")
+    found_crop = importlib.import_module("getiaction.policy.fast.fused_crop")
+    places = {"frames": "*u8", "rows": "*i64", "corners": "*i64", "out": "*u8"}
+    compile_kernel(found_crop.crop_kernel, (), {"LINES": 8, "WIDTH": 256}, **places)
+    folding = {"RANGED": True, "PER_COLOUR": True, "COLOURS": 3, "DEPTH": 16, "PADDING": 3, "BLOCK": 1024}
+    ranges = ("shift", "scale", "offset")
+    compile_kernel(found.space_to_depth_kernel, ranges, folding, x="*u8", out="*bf16", factor="fp32")
+    convolving = {"TAPS": 4, "DEPTH": 16, "WIDTH": 64, "PLACES": 128}
+    compile_kernel(found.stem_kernel, (), convolving, **dict.fromkeys(("x", "weight", "out"), "*bf16"))
+    compile_kernel(found.stem_backward_kernel, ("by_weight",), convolving, x="*bf16", gradient="*bf16")
 
 
 def compile_kernel(kernel: Any, tensors: Sequence[str], constants: dict[str, Any], **others: str) -> None:
@@ -121,6 +132,9 @@ def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
     if INTERPRETED:
         monkeypatch.setattr(encoder, "picture_kernels_for", find)
         monkeypatch.setattr(convolution, "learns_under_autocast", lambda *_: torch.is_autocast_enabled("cpu"))
+        stem = importlib.import_module("getiaction.policy.fast.fused_stem")
+        takes = stem.is_ours  # the interpreter cannot multiply bf16
+        monkeypatch.setattr(stem, "is_ours", lambda turned: turned.dtype != torch.bfloat16 and takes(turned))
     return found
 
 
@@ -345,37 +359,43 @@ def test_weights_that_are_cast_together(fused: ModuleType) -> None:
     network[3].by_library = True
     weights = convolved_by(network)
     assert [id(one) for one in weights] == [id(one) for layer in network[:2] for one in layer.parameters()]
-    made = cast_all(weights, torch.bfloat16)
+    made = casts_of(network, torch.bfloat16)
     for weight in weights:
-        kept, cast = made[id(weight), torch.bfloat16]
+        kept, narrow = made[id(weight), torch.bfloat16]
         assert kept is weight
-        assert torch.equal(cast, weight.bfloat16())
-        assert cast.stride() == weight.stride()
-        assert cast.data_ptr() % 16 == 0
-    assert cast_all(weights, torch.float32) == {}
+        assert torch.equal(narrow, weight.bfloat16())
+        assert narrow.stride() == weight.stride()
+        assert narrow.data_ptr() % 16 == 0
+    assert casts_of(network, torch.float32) == {}
 
 
 def test_a_step_casts_its_weights_ahead(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found as long as the step lasts, and only with gradients: who acts keeps casts of its own."""
     layer, gpu = Conv1d(4, 6, 3).to(DEVICE), torch.device("cuda")
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "find_kernels", lambda: fused)
+        monkeypatch.setattr(casts, "find_kernels", lambda: fused)
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: torch.bfloat16)
 
-    def casts() -> list[Tensor]:
-        return [kernels.cast(layer.weight, torch.bfloat16) for _ in range(2)]
+    def twice() -> list[Tensor]:
+        return [casts.cast(layer.weight, torch.bfloat16) for _ in range(2)]
 
     def are_one(made: list[Tensor]) -> bool:
         assert all(torch.equal(one, layer.weight.detach().bfloat16()) for one in made)
         return made[0].data_ptr() == made[1].data_ptr()
 
     with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
-        with kernels.cast_ahead(layer, gpu):
-            assert are_one(casts())
-        assert not are_one(casts())
-        with torch.no_grad(), kernels.cast_ahead(layer, gpu):
-            assert not are_one(casts())
+        with casts.cast_ahead(layer, gpu):
+            assert are_one(twice())
+        assert not are_one(twice())
+        with torch.no_grad(), casts.cast_ahead(layer, gpu):
+            assert not are_one(twice())
+        keep_shadows(layer, torch.bfloat16)
+        for _ in range(2):
+            with casts.cast_ahead(layer, gpu):
+                assert are_one(twice())
+            with torch.no_grad():
+                layer.weight.add_(1.0)
 
 
 @pytest.mark.parametrize(("scales", "precision"), [(True, torch.bfloat16), (False, None)])
@@ -416,7 +436,14 @@ def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize(
     ("rows", "channels", "count", "height", "width"),
-    [(2, 32, 2, 5, 4), (1, 16, 1, 20, 15), (2, 24, 2, 3, 3), (1, 32, 2, 1, 1), (1, 4, 1, 40, 31)],
+    [
+        (2, 32, 2, 5, 4),
+        (1, 16, 1, 20, 15),
+        (2, 24, 2, 3, 3),
+        (1, 32, 2, 1, 1),
+        (1, 4, 1, 40, 31),
+        (1, 24, 1, 20, 15),  # more than a program holds
+    ],
 )
 def test_what_follows_a_convolution_of_pictures(
     groups: ModuleType, rows: int, channels: int, count: int, height: int, width: int, adds: bool, rectify: bool
@@ -434,7 +461,69 @@ def test_what_follows_a_convolution_of_pictures(
     check(found, functional.relu(wanted) if rectify else wanted, inputs, 1e-4)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("places", "size", "count", "held", "together"),
+    [
+        (9, 16, 32, 256, 16),
+        (36, 16, 16, 1024, 4),
+        (121, 16, 8, 2048, 2),
+        (441, 16, 4, 8192, 1),
+        (9, 16, 6, 256, 2),
+        (9, 16, 7, 256, 1),
+        (9, 10, 4, 256, 4),
+        (1764, 16, 4, 8192, 1),
+    ],
+)
+def test_small_groups_are_held_together(
+    groups: ModuleType, monkeypatch: pytest.MonkeyPatch, places: int, size: int, count: int, held: int, together: int
+) -> None:
+    monkeypatch.setattr(groups, "TOGETHER", 4096)
+    found = groups.tile(places, size, count)
+    assert (found["GROUPS"], found["PLACES"] * found["CHANNELS"]) == (together, held)
+    assert found["num_warps"] == max(1, min(8, held * together // 1024))
+    monkeypatch.setattr(groups, "TOGETHER", 0)
+    assert groups.tile(places, size, count)["GROUPS"] == 1
+
+
+@pytest.mark.parametrize(("size", "side", "together"), [(4, 3, 256), (4, 3, 4096), (3, 5, 512), (16, 1, 64)])
+def test_norms_of_several_groups_at_a_time(
+    groups: ModuleType, monkeypatch: pytest.MonkeyPatch, size: int, side: int, together: int
+) -> None:
+    """They are what they are one at a time; and what is no number stays in its group and picture."""
+    norm, x = nn.GroupNorm(8, 8 * size).to(DEVICE), drawn(3, 8 * size, side, side + 1, grad=False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    residual = drawn(3, 8 * size, side + 1, side + 1, grad=False)[:, :, 1:].requires_grad_()
+    unknown = x.clone()
+    unknown[1, 2 * size, 0, 0] = float("nan")
+
+    def run(x: Tensor, adds: bool) -> list[Tensor]:
+        lying = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        if not adds:
+            found = groups.normalise_between(norm, lying)
+            return [found, *gradients(found, [lying, *norm.parameters()])]
+        kept, seen = groups.branch(norm, lying, residual)
+        return [kept, *gradients(kept + 2 * seen, [lying, residual, *norm.parameters()])]
+
+    for adds in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(groups, "TOGETHER", 0)
+            alone, wanted = run(x, adds), run(unknown, adds)
+        monkeypatch.setattr(groups, "TOGETHER", together)
+        assert groups.tile(side * (side + 1), size, 8)["GROUPS"] > 1
+        for one, other in zip(run(x, adds), alone, strict=True):
+            assert float((one - other).detach().abs().max()) < 1e-5 * float(other.detach().abs().max())
+        found = run(unknown, adds)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one.isnan(), other.isnan())
+        for one in found[:2]:  # what came out, and x's gradient
+            assert not one[[0, 2]].isnan().any()
+            assert not one[1, : 2 * size].isnan().any()
+            assert one[1, 2 * size : 3 * size].isnan().any()
+            assert not one[1, 3 * size :].isnan().any()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, 0), (5, 3, 2)])
 def test_max_pooling(groups: ModuleType, kernel: int, stride: int, padding: int) -> None:
     norm, layer = nn.GroupNorm(2, 10).to(DEVICE), nn.MaxPool2d(kernel, stride, padding)
     nn.init.normal_(norm.weight)  # some below zero
@@ -453,6 +542,45 @@ def test_max_pooling(groups: ModuleType, kernel: int, stride: int, padding: int)
     found, right = groups.normalise_and_pool(norm, layer, unknown)[0], layer(functional.relu(norm(unknown)))
     assert torch.equal(found.isnan(), right.isnan())
     assert found.isnan().any()
+
+
+@pytest.mark.parametrize(("lines", "columns"), [(9, 6), (8, 7), (1, 5), (2, 2), (19, 17)])
+def test_max_pooling_of_odd_sides(groups: ModuleType, lines: int, columns: int) -> None:
+    """Four numbers get their gradient together; the first of the results may have one alone."""
+    norm, layer = nn.GroupNorm(2, 10).to(DEVICE), nn.MaxPool2d(3, 2, 1)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    lying = drawn(2, 10, lines, columns, grad=False).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = [lying, *norm.parameters()]
+    for second in (2, 0):
+        kept, seen = groups.normalise_and_pool(norm, layer, lying)
+        found = kept + second * seen if second else kept
+        check(found, (1 + second) * layer(functional.relu(norm(lying))), inputs)
+
+
+def test_max_pooling_where_weights_are_zero(groups: ModuleType) -> None:
+    """All are equal then, and the first is taken."""
+    norm, layer = nn.GroupNorm(1, 4).to(DEVICE), nn.MaxPool2d(3, 2, 1)
+    norm.weight.data[:] = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    nn.init.constant_(norm.bias, 0.5)
+    lying = drawn(2, 4, 7, 7, grad=False).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = groups.normalise_and_pool(norm, layer, lying)[0]
+    check(found, layer(functional.relu(norm(lying))), [lying, *norm.parameters()])
+
+
+def test_norms_far_from_zero(groups: ModuleType) -> None:
+    """Where the first block is not like the others, too; and where all are equal, which has no spread."""
+    norm, layer = nn.GroupNorm(1, 16).to(DEVICE), nn.MaxPool2d(3, 2, 1)
+    x = drawn(1, 16, 30, 30)
+    shift = torch.where(torch.arange(30, device=DEVICE) < 5, 0.0, 5.0)[:, None]
+    far = (x + shift + 1000).contiguous(memory_format=torch.channels_last)
+    exact = functional.relu(functional.group_norm(far.double(), 1, norm.weight.double(), norm.bias.double()))
+    check(groups.normalise(norm, far, rectify=True), exact, [x, *norm.parameters()], 1e-4)
+    far = (x + shift + 1000).contiguous(memory_format=torch.channels_last)
+    exact = functional.relu(functional.group_norm(far.double(), 1, norm.weight.double(), norm.bias.double()))
+    check(groups.normalise_and_pool(norm, layer, far)[0], layer(exact), [x, *norm.parameters()], 1e-4)
+    same = torch.full((1, 16, 30, 30), 1.1e7, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    assert groups.normalise(norm, same).isfinite().all()
 
 
 def test_max_pooling_under_autocast(groups: ModuleType) -> None:
@@ -496,6 +624,55 @@ def test_the_first_convolution(
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
+@pytest.mark.parametrize(("side", "padding", "width"), [(7, 3, 64), (8, 0, 16)])
+def test_the_first_convolution_in_two_bytes(
+    pictures: ModuleType, monkeypatch: pytest.MonkeyPatch, side: int, padding: int, width: int
+) -> None:
+    """By products of its own, in several programs, of which the last has less to do; sums are float32."""
+    stem = importlib.import_module("getiaction.policy.fast.fused_stem")
+    monkeypatch.setattr(stem, "PLACES", 16)
+    monkeypatch.setattr(stem, "SPLITS", 3)
+    layer = Conv2d(3, width, side, 2, padding, bias=False).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = drawn(2, 3, 16, 19, grad=False)
+    with torch.autocast(DEVICE, torch.bfloat16 if ON_GPU else torch.float16):
+        found = pictures.convolve_first(layer, x)
+    exact = nn.Conv2d.forward(layer, x)
+    weights = drawn(*exact.shape, grad=False).contiguous(memory_format=torch.channels_last)
+    [theirs] = torch.autograd.grad((exact * weights).sum(), [layer.weight])
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+    [ours] = torch.autograd.grad((found.float() * weights).sum(), [layer.weight])
+    assert float((found - exact).detach().norm()) < 1e-2 * float(exact.detach().norm())
+    assert float((ours - theirs).norm()) < 1e-2 * float(theirs.norm())
+    assert ours.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("kind", ["each", "all", "none"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_recorded_pictures_are_normalised_on_the_way(pictures: ModuleType, kind: str, fits: bool) -> None:
+    layer = Conv2d(3, 8, 3, 2 if fits else 1, 1, bias=False).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recorded = torch.randint(0, 256, (2, 7, 9, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
+    each = tuple(torch.rand(3 if kind == "each" else 1, 1, 1, device=DEVICE) + number for number in range(3))
+    ranges = None if kind == "none" else each
+    found = pictures.convolve_first(layer, recorded, ranges)
+    assert ("Stem" in found.grad_fn.name()) is fits
+    wanted = recorded.float() / 255
+    wanted = wanted if ranges is None else (wanted - ranges[0]) * ranges[1] + ranges[2]
+    check(found, nn.Conv2d.forward(layer, wanted), [layer.weight])
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (9, 13), (1, 1), (9, 2)])
+def test_recorded_pictures_are_cropped(fused: ModuleType, shape: tuple[int, int]) -> None:
+    from getiaction.data.gather import crop_on_host
+    from getiaction.policy.fast.fused_crop import crop
+
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (11, 9, 13, 3), dtype=torch.uint8)
+    rows = torch.randint(11, (4, 2))
+    corners = torch.stack([torch.randint(9 - shape[0] + 1, (4,)), torch.randint(13 - shape[1] + 1, (4,))], dim=1)
+    found = crop(frames.to(DEVICE), rows.to(DEVICE), corners.to(DEVICE), shape).cpu()
+    assert np.array_equal(found.numpy(), crop_on_host(frames.numpy(), rows.numpy(), corners.numpy(), shape))
+
+
 def test_other_first_convolutions_are_left_to_pytorch(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getiaction.policy.fast.fused_stem._Stem", None)
     sizes = ((3, 1, 1), ((3, 5), 2, 1), (3, 2, (1, 0)), (3, (2, 1), 1))
@@ -521,6 +698,36 @@ def test_what_goes_two_ways(groups: ModuleType, side: int, precision: torch.dtyp
         found = first * kept + second * seen if second else kept
         check(found, wanted, inputs, 1e-5 if precision is None else 1e-2)
         lying = x.to(lying.dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("first", [1, 0])
+@pytest.mark.parametrize(("last", "precision"), [(True, None), (True, torch.bfloat16), (False, torch.bfloat16)])
+def test_what_goes_into_two_convolutions(
+    groups: ModuleType, batches: ModuleType, last: bool, precision: torch.dtype | None, first: int
+) -> None:
+    for norms, norm in ((groups, nn.GroupNorm(1, 8).to(DEVICE)), (batches, nn.BatchNorm2d(8).to(DEVICE))):
+        x, residual = drawn(2, 8, 5, 4), drawn(2, 8, 5, 4)
+        lying = x.to(precision or torch.float32)
+        lying = lying.contiguous(memory_format=torch.channels_last) if last else lying
+        with torch.autocast(DEVICE, precision, enabled=precision is not None):
+            one, other = norms.branch(norm, lying, residual, narrow=True)
+        assert one.dtype == other.dtype == (precision or torch.float32)
+        assert torch.equal(one, other)
+        exact = (first + 2) * functional.relu(norm(x.to(lying.dtype).float()) + residual)
+        found = first * one.float() + 2 * other.float() if first else 2 * other.float()
+        check(found, exact, [x, residual, *norm.parameters()], 1e-5 if precision is None else 2e-2)
+
+
+def test_what_is_only_convolved_is_written_narrow(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is so before a block whose addition is of a convolution; the last result of all is float32."""
+    network = ImageEncoder((3, 36, 36)).backbone[:6].to(DEVICE, memory_format=torch.channels_last)
+    made, branch = [], pictures.fused_group_norm.branch
+    keep = lambda *given, **more: made.append(branch(*given, **more)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(pictures.fused_group_norm, "branch", keep)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        pictures.run(network, drawn(1, 3, 12, 12, grad=False))
+    wide, narrow = (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)
+    assert [(kept.dtype, seen.dtype) for kept, seen in made] == [wide, narrow, wide, wide]
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(3, 64, 40), (1, 700, 20), (2, 1, 5)])
@@ -550,7 +757,7 @@ def test_channels_that_lie_first_are_left_to_pytorch(groups: ModuleType, monkeyp
     ("resnet", "norm", "stages", "precision"),
     [
         ("resnet18", "group", 2, None),
-        ("resnet18", "group", 1, torch.bfloat16),
+        ("resnet18", "group", 2, torch.bfloat16),
         ("resnet18", "batch", 2, torch.bfloat16),
         ("resnet18", "batch", 1, None),  # which is not taken, but sharp
         ("resnet50", "group", 1, None),
@@ -580,7 +787,7 @@ def test_the_first_stages_of_a_resnet(
 
 def test_encoders_take_them_unless_told_otherwise(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    monkeypatch.setattr(pictures, "run", lambda backbone, x: called.append(1) or backbone(x))
+    monkeypatch.setattr(pictures, "run", lambda backbone, x, _: called.append(1) or backbone(x))
     images = drawn(1, 3, 40, 40)
     for norm, times in (("batch", 0), ("group", 1)) if ON_GPU else (("group", 1),):
         made = ImageEncoder((3, 40, 40), norm=norm).to(DEVICE, memory_format=torch.channels_last)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy import ImageEncoder
-from getiaction.policy.fast import kernels
+from getiaction.policy.fast import casts, kernels
+from getiaction.policy.fast.casts import cast, cast_once
 from getiaction.policy.fast.convolution import Conv2d, use_library
-from getiaction.policy.fast.kernels import cast, cast_once, few_kernels_for, picture_kernels_for
+from getiaction.policy.fast.kernels import few_kernels_for, picture_kernels_for
 
 HALF = torch.bfloat16
 
@@ -38,7 +39,7 @@ def test_a_weight_that_is_made_for_a_call_is_not_kept() -> None:
         for _ in range(20):
             made = torch.randn(4, 3)
             assert torch.equal(cast(made, HALF), made.to(HALF))
-        assert not kernels._CASTS.get()
+        assert not casts._CASTS.get()
 
 
 def test_functions_of_autograd_see_the_weight_itself() -> None:

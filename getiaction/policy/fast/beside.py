@@ -1,0 +1,120 @@
+"""Launch on a stream of its own what the rest of a backward pass does not wait for: the weights' gradients.
+
+A backward pass goes from layer to layer by the gradients of what lies between them. Those of the weights are of no use
+to it, but are half of its work; small kernels leave a large GPU room for both.
+
+Autograd does not know of the other stream, so it must do nothing but hand such gradients over: each weight's comes from
+one place (`come_from_one_place`), is that of a leaf (`are_leaves`), and lies as the weight does (`lay_as`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 2**30  # bytes that are kept for kernels that may not have begun
+
+
+class Beside:
+    """Launch kernels beside those of a device's current stream; on a CPU, where there are none, in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # of low priority: `Replay`, whose kernels others wait for, has a higher one
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._read: list[Tensor] = []
+        self._bytes, self._is_ahead = 0, False
+
+    @contextlib.contextmanager
+    def launching(self, *read: Tensor) -> Iterator[None]:
+        """Launch what comes after everything that was launched before.
+
+        Args:
+            read: what it reads and somebody may let go of, whose memory would be another's at once.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._is_ahead = True
+        with torch.cuda.stream(self._stream):
+            yield
+        self._read += read
+        self._bytes += sum(one.nbytes for one in read)
+        if self._bytes > MOST:
+            self.join()
+
+    def join(self) -> None:
+        """Let the current stream wait for all that; for nothing, if there was none: a capture would be refused."""
+        is_ahead, self._is_ahead = self._is_ahead, False
+        try:
+            if is_ahead and self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        finally:
+            self._read.clear()
+            self._bytes = 0
+
+
+_HERE: list[Beside] = []  # autograd calls backward passes from threads of its own
+
+
+@contextlib.contextmanager
+def using(own: Beside) -> Iterator[None]:
+    """Let `beside` launch by `own`, during one backward pass whose gradients nobody reads before its end."""
+    _HERE.append(own)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the first error is the one to tell of
+            own.join()
+        raise
+    finally:
+        _HERE.remove(own)
+    own.join()
+
+
+@contextlib.contextmanager
+def beside(only_leaves: bool, *read: Tensor) -> Iterator[None]:
+    """Launch, in a backward pass, what computes the gradients of weights; see `Beside.launching`.
+
+    Args:
+        only_leaves: whether those are where autograd ends, so that nothing is computed from their gradients.
+    """
+    with contextlib.ExitStack() as stack:
+        if only_leaves and _HERE and _HERE[-1].device == read[0].device:
+            stack.enter_context(_HERE[-1].launching(*read))
+        yield
+
+
+def are_leaves(*weights: Tensor | None) -> bool:
+    """Tell whether autograd ends at all of them: a weight that is computed from another does not."""
+    whole = torch.ops.aten.is_non_overlapping_and_dense
+    return all(weight is None or (weight.is_leaf and whole(weight)) for weight in weights)
+
+
+def lay_as(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return the gradient of a weight as the weight lies, or autograd would copy it."""
+    if gradient.stride() == strides:
+        return gradient
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+def come_from_one_place(loss: Tensor) -> bool:
+    """Tell whether no weight's gradient is a sum that autograd adds up, as where a weight is used twice."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead:
+        for node, _ in ahead.pop().next_functions:
+            if node is None:
+                continue
+            is_end = hasattr(node, "variable")
+            if is_end and node in seen:
+                return False
+            if node not in seen:
+                seen.add(node)
+                ahead.append(node)
+    return True
