@@ -167,7 +167,7 @@ def crop_on_device(
     """Do what `crop_on_host` does, on the device, in one gather; or by `crop`, given the corners (B, 2) there."""
     if corners is None or shape is None:
         return frames[rows]
-    corner = to_device(torch.from_numpy(np.ascontiguousarray(corners)), frames.device)
+    corner = to_device(torch.from_numpy(np.array(corners)), frames.device)  # the centre's may not be written to
     if crop is not None:
         return crop(frames, rows, corner, shape)
     ys = corner[:, :1] + torch.arange(shape[0], device=frames.device)  # (B, h)
