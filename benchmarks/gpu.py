@@ -38,6 +38,7 @@ from benchmarks.gpu_rates import (
     saving,
     ways,
 )
+from benchmarks.gpu_variants import variants
 from getiaction.config.record import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +54,7 @@ SECTIONS: tuple[Callable[[Bench], dict[str, Any]], ...] = (
     end_to_end,
     compute,
     busy,
+    variants,
     acting,
     precisions,
     rows,
@@ -81,6 +83,9 @@ def main() -> None:
     parser.add_argument(
         "--sections", nargs="*", choices=names, default=names, help="`rows` and `evaluation` use `precisions`"
     )
+    parser.add_argument(
+        "--cases", nargs="*", default=[], help='what `busy`, `variants` and `end_to_end` take: "pusht_basic, 64", say'
+    )
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds after which a section is given up")
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/gpu-<date>.json")
     arguments = parser.parse_args()
@@ -88,7 +93,9 @@ def main() -> None:
     signal.signal(signal.SIGALRM, give_up)
     result: dict[str, Any] = {"machine": describe_machine(torch.device(arguments.device)), "small": arguments.small}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, arguments.small, arguments.pictures, Path(folder), arguments.keep)
+        bench = Bench(
+            arguments.device, arguments.small, arguments.pictures, Path(folder), arguments.keep, tuple(arguments.cases)
+        )
         for section in [one for one in SECTIONS if one.__name__ in arguments.sections]:
             begin, bench.found = time.perf_counter(), {}
             signal.alarm(0 if arguments.small else arguments.limit)

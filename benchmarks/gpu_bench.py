@@ -25,12 +25,18 @@ class Bench:
     pictures: str | None
     folder: Path
     keep: Path | None = None
+    cases: tuple[str, ...] = ()
+    """What the names of cases begin with, of sections that have several; all, if nothing is said."""
     found: dict[str, Any] = field(default_factory=dict)
     """What the section under way has measured: it is kept where the section does not come to its end."""
 
     def steps(self, count: int) -> int:
         """Return how many steps to take: few in a rehearsal."""
         return min(count, 4) if self.small else count
+
+    def wants(self, case: str) -> bool:
+        """Tell whether a case was asked for."""
+        return not self.cases or case.startswith(self.cases)
 
     def train(self, name: str, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Train as users do, in a process of its own, into the folder `name`."""

@@ -31,27 +31,35 @@ MANY = 10**6  # batches, more than are asked for
 
 def busy(bench: Bench) -> dict[str, Any]:
     """Measure which share of a training step the GPU computes, and what: the kernels' time, of that between steps."""
-    from getiaction.config.run import build_trainer, start_accelerator
-    from getiaction.config.sources import find_data
-
-    pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
     for preset, batch, precision in STEPS[-1:] if bench.small else STEPS:
-        data = [] if preset == "pusht_pictures" else [*pictures, "dataset.episodes=[0,1,2,3]"]
-        short = [f"+preset={preset}", *data, f"hardware.device={bench.device}", f"training.batch_size={batch}", *QUIET]
-        short += [f"hardware.mixed_precision={precision}", "evaluation.final_episodes=null"]
-        config, folder = compose(short), bench.folder / f"busy_{preset}_{batch}_{precision}"
-        trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
-        trainer.model.train()
+        if not bench.wants(case := f"{preset}, {batch}, {precision}"):
+            continue
+        trainer = trainer_of(bench, preset, batch, precision)
         coming = trainer.batches.iterate(0, MANY)
 
         def step(trainer: Any = trainer, coming: Any = coming) -> None:
             trainer._optimise(next(coming))
 
-        bench.found[f"{preset}, {batch}, {precision}"] = watch(bench, step, steps=bench.steps(60))
+        bench.found[case] = watch(bench, step, steps=bench.steps(60))
         coming.close()
         del trainer, coming, step
         gc.collect()
     return bench.found
+
+
+def trainer_of(bench: Bench, preset: str, batch: int, precision: str) -> Any:
+    """Build what trains a preset, on four of PushT's episodes, or on the demonstrations in the box."""
+    from getiaction.config.run import build_trainer, start_accelerator
+    from getiaction.config.sources import find_data
+
+    pictures = [f"dataset.root={bench.pictures}"] if bench.pictures else ["dataset=pusht_demo"]
+    data = [] if preset == "pusht_pictures" else [*pictures, "dataset.episodes=[0,1,2,3]"]
+    short = [f"+preset={preset}", *data, f"hardware.device={bench.device}", f"training.batch_size={batch}", *QUIET]
+    short += [f"hardware.mixed_precision={precision}", "evaluation.final_episodes=null"]
+    config, folder = compose(short), Path(tempfile.mkdtemp(dir=bench.folder))
+    trainer = build_trainer(config, find_data(config), start_accelerator(config, folder), folder)
+    trainer.model.train()
+    return trainer
 
 
 def acting(bench: Bench) -> dict[str, Any]:

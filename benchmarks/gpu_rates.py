@@ -137,6 +137,7 @@ def end_to_end(bench: Bench) -> dict[str, Any]:
         ("pusht_advanced", 64, 20),
         ("pusht_advanced", 256, 12),
     ]
+    wanted = [case for case in wanted if bench.wants(f"{case[0]}, {case[1]}")]
     cases = [("pusht_cpu", 2, 6)] if bench.small else wanted
     compare(cases, Path(bench.pictures).resolve(), bench.found, bench.folder, "bf16")
     return bench.found

@@ -29,6 +29,7 @@ from getiaction.policy.fast.kernels import find_kernels
 from getiaction.training.ema import Followed
 
 COUNT = 16  # tensors of a launch
+AHEAD = COUNT  # tensors that are launched before the step, as soon as there are so many
 BLOCK = 2048  # numbers of a program
 DEVICES = ("cuda",)
 PLAIN = ("amsgrad", "maximize", "differentiable")  # what the kernel does not do, and nobody here asks for
@@ -142,7 +143,7 @@ class Stepper:
         kind, given = self._give(weight)  # type: ignore[arg-type]
         ready = self._ready.setdefault((id(group), kind), [])
         ready.append(given)
-        if len(ready) == COUNT:
+        if len(ready) == AHEAD:
             assert self._beside is not None
             with self._beside.launching():
                 self._launch(group, kind, ready)
