@@ -1,0 +1,106 @@
+"""Say what each lever of a GPU's training step is worth, turn by turn: a section of `benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_kernels import MANY, trainer_of
+
+STEPS = (
+    ("pusht_basic", 64, "bf16"),
+    ("pusht_basic", 256, "bf16"),
+    ("pusht_advanced", 64, "bf16"),
+    ("pusht_basic", 64, "no"),
+    ("pusht_pictures", 48, "bf16"),
+)
+TURNS = 3
+EAGER = 4  # steps until one is replayed
+
+
+def variants(bench: Bench) -> dict[str, Any]:
+    """Measure milliseconds of a step: as it is, and without one lever at a time, each a graph of its own."""
+    if bench.device != "cuda":
+        return {"skipped": "these are a GPU's"}
+    for preset, batch, precision in STEPS:
+        if not bench.wants(case := f"{preset}, {batch}, {precision}"):
+            continue
+        trainer = trainer_of(bench, preset, batch, precision)
+        coming = trainer.batches.iterate(0, MANY)
+
+        def run(count: int, trainer: Any = trainer, coming: Any = coming) -> float:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(count):
+                trainer._optimise(next(coming))
+            torch.cuda.synchronize()
+            return (time.perf_counter() - begin) * 1e3 / count
+
+        graphs, taken = {}, {}
+        for name, change in LEVERS.items():
+            trainer.update.forget()
+            with change(trainer):
+                run(EAGER)
+            assert trainer.update.replay.captured, name
+            graphs[name] = trainer.update.replay
+        for _ in range(TURNS):
+            for name, graph in graphs.items():
+                trainer.update.replay = graph
+                run(EAGER)
+                taken.setdefault(name, []).append(round(run(bench.steps(25)), 3))
+        bench.found[case] = {name: {"ms": statistics.median(found), "turns": found} for name, found in taken.items()}
+        coming.close()
+        del trainer, coming, run, graphs
+        gc.collect()
+    return bench.found
+
+
+@contextlib.contextmanager
+def as_it_is(trainer: Any) -> Iterator[None]:
+    """Change nothing."""
+    yield
+
+
+@contextlib.contextmanager
+def in_turn(trainer: Any) -> Iterator[None]:
+    """Compute the gradients of weights, and update them, on the stream of everything else."""
+    with patch.object(trainer.update, "stepper", None):
+        yield
+
+
+@contextlib.contextmanager
+def adam_after(trainer: Any) -> Iterator[None]:
+    """Compute the gradients of weights on a stream of their own, and update all weights after the backward pass."""
+    with patch("getiaction.training.adam.AHEAD", None):
+        yield
+
+
+@contextlib.contextmanager
+def first_by_library(trainer: Any) -> Iterator[None]:
+    """Let cuDNN do a ResNet's first convolution."""
+    with patch("getiaction.policy.fast.fused_stem.is_ours", lambda _: False):
+        yield
+
+
+@contextlib.contextmanager
+def one_group(trainer: Any) -> Iterator[None]:
+    """Let each program of a norm take one group, however small."""
+    with patch("getiaction.policy.fast.fused_group_norm.TOGETHER", 0):
+        yield
+
+
+LEVERS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
+    "as it is": as_it_is,
+    "in turn": in_turn,
+    "adam after": adam_after,
+    "cuDNN's first convolution": first_by_library,
+    "norms of one group": one_group,
+}
