@@ -37,13 +37,14 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here")
-def test_the_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("file", "skipped"), [("policy/fast/test_fused.py", 3), ("training/test_adam.py", 2)])
+def test_the_kernels_in_the_interpreter(file: str, skipped: int) -> None:
     pytest.importorskip("triton", reason="PyTorch's builds without CUDA have no Triton")
-    files = [__file__, str(Path(__file__).parents[2] / "training" / "test_adam.py")]
-    command = [sys.executable, "-m", "pytest", *files, "-v", "-W", "ignore", "-p", "no:cacheprovider"]
+    path = str(Path(__file__).parents[2] / file)
+    command = [sys.executable, "-m", "pytest", path, "-v", "-W", "ignore", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert " 4 skipped" in done.stdout.splitlines()[-1], done.stdout  # this one, and what the compiler is to do
+    assert f" {skipped} skipped" in done.stdout.splitlines()[-1], done.stdout  # this, and what the compiler is to do
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
@@ -485,19 +486,20 @@ def test_small_groups_are_held_together(
     assert groups.tile(places, size, count)["GROUPS"] == 1
 
 
-@pytest.mark.parametrize(("size", "side", "together"), [(4, 3, 256), (4, 3, 4096), (3, 5, 512), (16, 1, 64)])
+@pytest.mark.parametrize(("size", "side", "together"), [(4, 3, 128), (4, 3, 4096), (3, 5, 512), (16, 1, 64)])
+@pytest.mark.parametrize("adds", [False, True])
 def test_norms_of_several_groups_at_a_time(
-    groups: ModuleType, monkeypatch: pytest.MonkeyPatch, size: int, side: int, together: int
+    groups: ModuleType, monkeypatch: pytest.MonkeyPatch, size: int, side: int, together: int, adds: bool
 ) -> None:
     """They are what they are one at a time; and what is no number stays in its group and picture."""
-    norm, x = nn.GroupNorm(8, 8 * size).to(DEVICE), drawn(3, 8 * size, side, side + 1, grad=False)
+    norm, x = nn.GroupNorm(4, 4 * size).to(DEVICE), drawn(2, 4 * size, side, side + 1, grad=False)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    residual = drawn(3, 8 * size, side + 1, side + 1, grad=False)[:, :, 1:].requires_grad_()
-    unknown = x.clone()
-    unknown[1, 2 * size, 0, 0] = float("nan")
+    residual = drawn(2, 4 * size, side + 1, side + 1, grad=False)[:, :, 1:].requires_grad_()
+    x[1, size, 0, 0] = float("nan")
 
-    def run(x: Tensor, adds: bool) -> list[Tensor]:
+    def run(together: int) -> list[Tensor]:
+        monkeypatch.setattr(groups, "TOGETHER", together)
         lying = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         if not adds:
             found = groups.normalise_between(norm, lying)
@@ -505,22 +507,17 @@ def test_norms_of_several_groups_at_a_time(
         kept, seen = groups.branch(norm, lying, residual)
         return [kept, *gradients(kept + 2 * seen, [lying, residual, *norm.parameters()])]
 
-    for adds in (False, True):
-        with monkeypatch.context() as patch:
-            patch.setattr(groups, "TOGETHER", 0)
-            alone, wanted = run(x, adds), run(unknown, adds)
-        monkeypatch.setattr(groups, "TOGETHER", together)
-        assert groups.tile(side * (side + 1), size, 8)["GROUPS"] > 1
-        for one, other in zip(run(x, adds), alone, strict=True):
-            assert float((one - other).detach().abs().max()) < 1e-5 * float(other.detach().abs().max())
-        found = run(unknown, adds)
-        for one, other in zip(found, wanted, strict=True):
-            assert torch.equal(one.isnan(), other.isnan())
-        for one in found[:2]:  # what came out, and x's gradient
-            assert not one[[0, 2]].isnan().any()
-            assert not one[1, : 2 * size].isnan().any()
-            assert one[1, 2 * size : 3 * size].isnan().any()
-            assert not one[1, 3 * size :].isnan().any()
+    alone, found = run(0), run(together)
+    assert groups.tile(side * (side + 1), size, 4)["GROUPS"] > 1
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        gaps = (one - other).detach().nan_to_num().abs()
+        assert float(gaps.max()) < 1e-5 * float(other.detach().nan_to_num().abs().max())
+    for one in found[:2]:  # what came out, and x's gradient
+        assert not one[0].isnan().any()
+        assert not one[1, :size].isnan().any()
+        assert one[1, size : 2 * size].isnan().any()
+        assert not one[1, 2 * size :].isnan().any()
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, 0), (5, 3, 2)])
@@ -624,7 +621,7 @@ def test_the_first_convolution(
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize(("side", "padding", "width"), [(7, 3, 64), (8, 0, 16)])
+@pytest.mark.parametrize(("side", "padding", "width"), [(7, 3, 32), (8, 0, 16)])
 def test_the_first_convolution_in_two_bytes(
     pictures: ModuleType, monkeypatch: pytest.MonkeyPatch, side: int, padding: int, width: int
 ) -> None:
@@ -633,7 +630,7 @@ def test_the_first_convolution_in_two_bytes(
     monkeypatch.setattr(stem, "PLACES", 16)
     monkeypatch.setattr(stem, "SPLITS", 3)
     layer = Conv2d(3, width, side, 2, padding, bias=False).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = drawn(2, 3, 16, 19, grad=False)
+    x = drawn(2, 3, 12, 13, grad=False)
     with torch.autocast(DEVICE, torch.bfloat16 if ON_GPU else torch.float16):
         found = pictures.convolve_first(layer, x)
     exact = nn.Conv2d.forward(layer, x)
