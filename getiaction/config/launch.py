@@ -54,10 +54,7 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
     elsewhere = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes > 1 else ""
     log.info("starting %d processes%s", hardware.num_processes, elsewhere)
     threads = max(count_cores() // hardware.num_processes, 1)  # torchrun's choice is 1
-    # processes on the CPU would meet on GPUs of their numbers, of which there may be fewer
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if hardware.device == "cpu" else {}
-    given = {"OMP_NUM_THREADS": str(threads), **os.environ, **hidden, LAUNCHED: "1"}
-    if code := run_and_forward_signals(command, given):
+    if code := run_and_forward_signals(command, {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}):
         if in_sweep() and code < 128:
             raise TrainingError(f"a process of {folder} ended with {code}; what it said is above")
         sys.exit(code)

@@ -45,7 +45,6 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.policy.fast.casts import keep_shadows
 from getiaction.run_folder import CHECKPOINTS, EVALUATION
 from getiaction.simulation.evaluation import Crowd, Stopped
-from getiaction.training.adam import update_many_at_once, writes_casts
 from getiaction.training.checkpoint import CheckpointStore, point_last_at, read_average, read_state
 from getiaction.training.ema import Ema
 from getiaction.training.heap import keep_freed_memory
@@ -54,6 +53,7 @@ from getiaction.training.memory_order import update_in_memory_order
 from getiaction.training.metrics import MetricsWriter, tracker_setup
 from getiaction.training.ranks import Ranks, Watchdog
 from getiaction.training.resume import check_resumable, resume
+from getiaction.training.stepper import update_many_at_once, writes_casts
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     torch.set_num_threads(hardware.num_threads or DEFAULT_THREADS)  # a sweep may have set it
     allow_tf32(hardware.tf32)
     torch.backends.cudnn.benchmark = True
+    if hardware.device == "cpu" and "WORLD_SIZE" in os.environ:
+        # torch.distributed's barrier takes the GPU of each process's rank, even on the CPU; there may be fewer
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu:
         keep_freed_memory()
@@ -113,7 +116,7 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
 
     plan = make_plan(config, batches.order.num_samples, batches.share.global_batch_size)
     optimizer = build_optimizer(config, policy.parameters(), parts=batches.share.parts)
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu":  # elsewhere its hook would count as a listener: see `Stepper.ahead`
         update_in_memory_order(optimizer)
     ema = Ema(policy, power=config.ema.power, max_decay=config.ema.max_decay) if config.ema.enabled else None
     stepper = None

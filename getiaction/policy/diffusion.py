@@ -139,10 +139,10 @@ class DiffusionPolicy(nn.Module):
             timesteps: (B K,) integers in [0, num_train_timesteps).
         """
         with cast_ahead(self, self.device):
-            return self._loss(self.normalizer(batch, but=self._recorded(batch)), noise, timesteps)
+            return self._loss(self.normalizer(batch, skip=self._left_to_encoders(batch)), noise, timesteps)
 
-    def _recorded(self, batch: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Return the cameras whose pictures the encoders normalise, on the way: each has its own, on a GPU."""
+    def _left_to_encoders(self, batch: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return the cameras whose uint8 pictures their own encoder normalises: in training on a GPU."""
         cameras = self.features.cameras
         learns = self.device.type == "cuda" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         alone = len(cameras) == 1 or self.use_separate_rgb_encoder_per_camera
@@ -179,14 +179,22 @@ class DiffusionPolicy(nn.Module):
 
     def _encode_images(self, cameras: list[Tensor]) -> Tensor:
         """Encode N cameras, (B, To, C, h, w) each, into (B, To, N * feature_dim)."""
-        steps, ranges = cameras[0].shape[1], [self.normalizer.ranges(camera) for camera in self.features.cameras]
+        steps, names = cameras[0].shape[1], list(self.features.cameras)
         if self.use_separate_rgb_encoder_per_camera:
-            each = zip(self.encoders, cameras, ranges, strict=True)
-            encoded = [encoder(images.flatten(0, 1), own) for encoder, images, own in each]  # N x (B To, F)
+            each = zip(self.encoders, names, cameras, strict=True)
+            encoded = [self._encode_by(encoder, name, images.flatten(0, 1)) for encoder, name, images in each]
             return rearrange(torch.stack(encoded), "n (b s) f -> b s (n f)", s=steps)
         images = cameras[0] if len(cameras) == 1 else torch.stack(cameras, dim=2).flatten(1, 2)  # (B, To N, C, h, w)
-        encoded_all = self.encoders[0](images.flatten(0, 1), ranges[0])  # (B To N, F)
+        if len(cameras) > 1 and images.dtype == torch.uint8:
+            raise ValueError(f"{', '.join(names)} share an encoder, so their pictures must be normalised before")
+        encoded_all = self._encode_by(self.encoders[0], names[0], images.flatten(0, 1))  # (B To N, F)
         return rearrange(encoded_all, "(b s n) f -> b s (n f)", s=steps, n=len(cameras))
+
+    def _encode_by(self, encoder: ImageEncoder, camera: str, images: Tensor) -> Tensor:
+        """Encode one camera's pictures, (B, C, h, w), normalised or uint8, into (B, feature_dim)."""
+        if images.dtype == torch.uint8:
+            return cast(Tensor, encoder(images, self.normalizer.ranges(camera)))
+        return cast(Tensor, encoder(images))
 
     # --- acting -------------------------------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class ImageEncoder(nn.Module):
 
         Args:
             images: normalised; or uint8, as recorded.
-            ranges: what normalises those, besides dividing them by 255; a GPU does it on the way.
+            ranges: what normalises uint8, besides dividing by 255; a GPU does it on the way.
         """
         kernels = picture_kernels_for(self.backbone, images)
         if kernels is not None:

@@ -70,18 +70,18 @@ class Normalizer(nn.Module):
         shift, scale, offset = ranges
         return (value - offset) / scale + shift
 
-    def forward(self, batch: Mapping[str, Tensor], *, but: Sequence[str] = ()) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor], *, skip: Sequence[str] = ()) -> dict[str, Tensor]:
         """Normalise every feature of a batch that has statistics, and pictures; pass the rest through.
 
         Args:
             batch: key -> (B, To or T, D), raw units, or (B, To, C, h, w), uint8 or in [0, 1].
-            but: keys to pass through as well.
+            skip: keys to pass through as well.
 
         Returns:
             The same keys and shapes.
         """
         return {
-            key: self.normalize(key, value) if key not in but and (key in self._index or is_camera(key)) else value
+            key: self.normalize(key, value) if key not in skip and (key in self._index or is_camera(key)) else value
             for key, value in batch.items()
         }
 

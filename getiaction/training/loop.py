@@ -24,13 +24,13 @@ from getiaction.policy import DiffusionPolicy
 from getiaction.progress import redraw_seconds
 from getiaction.random import Purpose, generator
 from getiaction.signals import stop_on_signals
-from getiaction.training.adam import Stepper
 from getiaction.training.background import Background, has_room, policy_on_host, state_on_host
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock, is_due
 from getiaction.training.ema import Ema
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
+from getiaction.training.stepper import Stepper
 from getiaction.training.update import Part, Update
 from getiaction.training.validation import Validator, draw_noise, evaluating
 

@@ -18,7 +18,7 @@ from getiaction.data.gather import Batch
 from getiaction.policy.fast.casts import shadows_of
 from getiaction.policy.fast.replay import Replay
 from getiaction.policy.fast.watch import is_watched
-from getiaction.training.adam import Stepper
+from getiaction.training.stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,20 @@ class Update:
             is_last = part is parts[-1]
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss = self.model(part.batch, part.noise, part.timesteps) * (weight / len(parts))
-                alone = len(parts) == 1 and self.replays and self._rates is not None and self._rates.fit
-                ahead = self.stepper.ahead(loss) if alone and self.stepper is not None else None
-                with ahead or contextlib.nullcontext():
+                with self._ahead(loss) if len(parts) == 1 else contextlib.nullcontext():
                     self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         if self.max_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
         assert total is not None
         return total
+
+    def _ahead(self, loss: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Let weights learn during the backward pass of a loss, in steps that are or will be replayed as a whole."""
+        whole = self.replays and self._rates is not None and self._rates.fit
+        if self.stepper is None or not whole or (self.replay is not None and self.replay.refused):
+            return contextlib.nullcontext()
+        return self.stepper.ahead(loss)
 
 
 class Rates:

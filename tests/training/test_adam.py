@@ -20,8 +20,9 @@ from torch import nn
 from getiaction.policy.fast.casts import keep_shadows, shadows_of
 from getiaction.policy.fast.convolution import Conv1d, Conv2d
 from getiaction.training import adam
-from getiaction.training.adam import update_many_at_once
+from getiaction.training import stepper as stepping
 from getiaction.training.ema import Ema
+from getiaction.training.stepper import update_many_at_once
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +40,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("tests/policy/fast/test_fused.py runs this file in Triton's interpreter")
     found = importlib.import_module("getiaction.training.adam_kernel")
     monkeypatch.setattr(adam, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(adam, "find_kernel", lambda: found)
+    monkeypatch.setattr(stepping, "find_kernel", lambda: found)
     return found
 
 
@@ -365,7 +366,7 @@ class Other(torch.optim.AdamW):
 def test_steps_that_are_left_to_pytorch(
     kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(adam.Stepper, "_launch", None)
+    monkeypatch.setattr(stepping.Stepper, "_launch", None)
     rest = {"kind": torch.optim.AdamW, "closure": None, "fused": True, **options}
     kind, closure = rest.pop("kind"), rest.pop("closure")
     weight = nn.Parameter(torch.ones(4, 4, device=DEVICE))
@@ -377,7 +378,7 @@ def test_steps_that_are_left_to_pytorch(
 
 
 def test_a_gradient_scaler_is_left_to_pytorch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam.Stepper, "_launch", None)
+    monkeypatch.setattr(stepping.Stepper, "_launch", None)
     weight = nn.Parameter(torch.ones(4, device=DEVICE))
     optimizer = torch.optim.AdamW([weight], fused=True)
     update_many_at_once(optimizer)
@@ -391,15 +392,15 @@ def test_a_gradient_scaler_is_left_to_pytorch(kernel: ModuleType, monkeypatch: p
 def test_weights_that_are_left_to_pytorch(kernel: ModuleType) -> None:
     weight, half = nn.Parameter(torch.ones(4, 4, device=DEVICE)), nn.Parameter(torch.ones(4, device=DEVICE).bfloat16())
     half.grad, weight.grad = torch.ones_like(half), torch.ones_like(weight)
-    assert adam.is_ours(weight, {})
-    assert not adam.is_ours(half, {})
+    assert adam.kernel_takes(weight, {})
+    assert not adam.kernel_takes(half, {})
     moments = {"exp_avg": torch.ones(4, 4, device=DEVICE).t()}
-    assert not adam.is_ours(weight, moments)  # which lie otherwise
+    assert not adam.kernel_takes(weight, moments)  # which lie otherwise
     weight.grad = torch.ones(4, 4, device=DEVICE).t()
-    assert not adam.is_ours(weight, {})
+    assert not adam.kernel_takes(weight, {})
     column = nn.Parameter(torch.ones(3, 1, device=DEVICE))
     column.grad = torch.ones(1, 3, device=DEVICE).t()
-    assert adam.is_ours(column, {})  # a side of length 1 lies anyhow
+    assert adam.kernel_takes(column, {})  # a side of length 1 lies anyhow
 
 
 def test_a_step_that_breaks_off_loses_no_weights(alone: None) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from getiaction.config import run
 from getiaction.config.sources import find_data
-from getiaction.training.adam import Stepper
 from getiaction.training.checkpoint import read_average, read_state
 from getiaction.training.metrics import read_metrics
 from getiaction.training.resume import resume
+from getiaction.training.stepper import Stepper
 from getiaction.training.update import Rates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")

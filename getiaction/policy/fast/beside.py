@@ -106,7 +106,7 @@ def lay_as(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
 def come_from_one_place(loss: Tensor) -> bool:
     """Tell whether no weight's gradient is a sum that autograd adds up, as where a weight is used twice."""
     seen: set[Any] = set()
-    ahead: list[Any] = [loss.grad_fn]
+    ahead: list[Any] = [loss.grad_fn] if loss.grad_fn is not None else []
     while ahead:
         for node, _ in ahead.pop().next_functions:
             if node is None:

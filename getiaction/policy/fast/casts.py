@@ -21,7 +21,7 @@ Casts = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
 """What `cast` looks up: which weight in which type -> the weight, whose id stays its own while it is held, and it."""
 
 _CASTS: ContextVar[Casts | None] = ContextVar("casts", default=None)
-_SHADOWS: weakref.WeakKeyDictionary[nn.Module, Shadows] = weakref.WeakKeyDictionary()
+_SHADOWS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Shadows]] = weakref.WeakKeyDictionary()
 
 
 class Shadows:
@@ -52,14 +52,19 @@ class Shadows:
 
 
 def keep_shadows(module: nn.Module, dtype: torch.dtype) -> Shadows:
-    """Let training steps of `module` find its convolutions' weights in a type without casting them; see `Shadows`."""
-    _SHADOWS[module] = shadows = Shadows(module, dtype)
+    """Let training steps of `module` find its convolutions' weights in a type without casting them; see `Shadows`.
+
+    As long as somebody holds what comes back: the optimiser that writes it.
+    """
+    shadows = Shadows(module, dtype)
+    _SHADOWS[module] = weakref.ref(shadows)
     return shadows
 
 
 def shadows_of(module: nn.Module) -> Shadows | None:
-    """Return what `keep_shadows` made for a module."""
-    return _SHADOWS.get(module)
+    """Return what `keep_shadows` made for a module, if it is still held."""
+    held = _SHADOWS.get(module)
+    return None if held is None else held()
 
 
 @contextlib.contextmanager

@@ -26,10 +26,10 @@ from getiaction.policy.fast.twin import lay, lies_last, twin
 
 # What a program holds at a time, and how much of it a warp does, as measured: benchmarks/NOTES.md.
 HELD, NUMBERS_A_WARP = 8192, 1024
-# Of small groups it holds several, up to so many numbers; with 0 always one. This is not measured.
+# Of small groups it holds several, up to so many numbers; with 0 always one.
 TOGETHER = 1024
 POOLED, POOLED_BACKWARDS, POOLED_A_WARP = 2048, 2048, 256
-# Of windows of 3x3 at every second place a program holds this many times four numbers backwards. This is not measured.
+# Of windows of 3x3 at every second place a program holds this many times four numbers backwards.
 POOLED_SQUARES = 1024
 LARGEST_WINDOW = 11  # whose places a byte can tell apart
 LAST = torch.channels_last

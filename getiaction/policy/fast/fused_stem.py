@@ -18,12 +18,15 @@ from getiaction.policy.fast.beside import are_leaves, beside, lay_as
 from getiaction.policy.fast.casts import multiplied_in
 from getiaction.policy.fast.convolution import Conv2d, is_plain
 from getiaction.policy.fast.fused_stem_kernels import space_to_depth_kernel, stem_backward_kernel, stem_kernel
+from getiaction.policy.fast.kernels import find_products
 from getiaction.policy.fast.sums import add_rows
 from getiaction.policy.normalizer import Ranges, normalize_by
 
 BLOCK = 1024  # numbers that a program copies
 PLACES = 128  # of a picture, that a program multiplies at a time
-SPLITS = 264  # programs that share the sum over all places, for each line of taps: two for each part of an H200
+SPLITS = (
+    264  # programs that share the sum over all places, for each line of taps: two for each multiprocessor of an H200
+)
 MOST_COLOURS = 4  # of pictures, of which 2x2 places are looked at as one
 LAST = torch.channels_last
 
@@ -50,8 +53,8 @@ def convolve_first(layer: nn.Conv2d, pictures: Tensor, ranges: Ranges | None = N
 class _Stem(torch.autograd.Function):
     """Convolve pictures x (B, C, H, W) at every second place, as at every place of pictures of four times the colours.
 
-    The colours of 2x2 places come side by side. cuDNN is slow with three channels; here it sees 12, or 16 in bf16, half
-    as many taps each way, and the same products with zeros between them.
+    The colours of 2x2 places come side by side. cuDNN is slow with three channels; with 12, half as many taps each way,
+    and zeros between them, the products are the same. In two bytes there are 16, and the products are ours.
     """
 
     @staticmethod
@@ -60,7 +63,8 @@ class _Stem(torch.autograd.Function):
         folded, turned = fold_pictures(x, weight.shape[2], padding, dtype, ranges), fold_weights(weight, dtype)
         ctx.save_for_backward(folded, turned)
         ctx.shape, ctx.dtype, ctx.leaves, ctx.strides = weight.shape, weight.dtype, are_leaves(weight), weight.stride()
-        if is_ours(turned):
+        ctx.ours = fits_products(turned) and find_products() is not None
+        if ctx.ours:
             return convolve(folded, turned)
         return torch.convolution(folded, turned, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
@@ -69,7 +73,7 @@ class _Stem(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         folded, turned = ctx.saved_tensors
         with beside(ctx.leaves, gradients[0], folded):
-            if is_ours(turned):
+            if ctx.ours:
                 found = weight_gradient(gradients[0], folded, turned)
             else:
                 needed, sizes = (False, True, False), ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
@@ -80,8 +84,8 @@ class _Stem(torch.autograd.Function):
         return None, by_weight, None, None
 
 
-def is_ours(turned: Tensor) -> bool:
-    """Tell whether a convolution with weights of `fold_weights` is done here: in two bytes, where cuDNN is slow."""
+def fits_products(turned: Tensor) -> bool:
+    """Tell whether `convolve` can use weights of `fold_weights`: in two bytes, where cuDNN is slow."""
     width, depth, taps, _ = turned.shape
     powers = all(16 <= one == triton.next_power_of_2(one) for one in (width, depth * taps))
     return turned.dtype in (torch.bfloat16, torch.float16) and powers and max(width, depth * taps) <= 128
@@ -114,7 +118,7 @@ def weight_gradient(gradient: Tensor, folded: Tensor, turned: Tensor) -> Tensor:
             gradient.contiguous(memory_format=LAST), folded, found, places, each, *sides, lines, columns,
             TAPS=taps, DEPTH=depth, WIDTH=width, PLACES=PLACES, num_warps=4,
         )  # fmt: skip
-    [total] = add_rows(found.view(1, programs, -1), torch.float32)
+    [total] = found if programs == 1 else add_rows(found.view(1, programs, -1), torch.float32)
     return total.view(width, taps, taps, depth).permute(0, 3, 1, 2)
 
 

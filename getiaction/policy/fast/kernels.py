@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 from getiaction.errors import first_line
 from getiaction.policy.fast.watch import is_watched
@@ -87,6 +89,19 @@ def find_crop() -> Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor] |
     return crop
 
 
+def find_products() -> ModuleType | None:
+    """Import what convolves pictures first by products of its own, and compare it with PyTorch's; or None.
+
+    It needs compute capability 8.0: before, Triton multiplies without tensor cores.
+    """
+    if find_kernels() is None:
+        return None
+    numbers = range(torch.cuda.device_count())
+    if any(torch.cuda.get_device_capability(number) < (8, 0) for number in numbers):
+        return None
+    return _find(_try_products)
+
+
 def _find(try_out: Callable[[], ModuleType]) -> ModuleType | None:
     if try_out not in _FOUND:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -130,6 +145,32 @@ def _try_batch_norm() -> ModuleType:
 
     compare(fused_batch_norm, nn.BatchNorm2d(32, device="cuda"))
     return fused_batch_norm
+
+
+def _try_products() -> ModuleType:
+    from getiaction.policy.fast import fused_stem
+
+    compare_products(fused_stem, torch.device("cuda"), torch.bfloat16)
+    return fused_stem
+
+
+def compare_products(stem: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare products of a first convolution, and the gradient of its weights, with PyTorch's.
+
+    Raises:
+        ArithmeticError: they are not the same to rounding.
+    """
+    recorded = torch.arange(3 * 9 * 11, device=device).remainder(251).to(torch.uint8).view(1, 3, 9, 11)
+    weight = torch.arange(64 * 3 * 7 * 7, device=device).float().view(64, 3, 7, 7).sin()
+    folded, turned = stem.fold_pictures(recorded, 7, 3, dtype), stem.fold_weights(weight, dtype)
+    found = stem.convolve(folded, turned)
+    exact = functional.conv2d(recorded.float() / 255, weight, stride=2, padding=3)
+    came = exact.cos().to(dtype).contiguous(memory_format=torch.channels_last)
+    ours = stem.weight_gradient(came, folded, turned)
+    theirs = conv2d_weight(folded.float(), list(turned.shape), came.float())
+    for one, other in ((found, exact), (ours, theirs)):
+        if not float((one.float() - other).norm()) < 2e-2 * float(other.norm()):
+            raise ArithmeticError("they compute something else for a first convolution")
 
 
 def compare(kernels: Any, norm: nn.GroupNorm | nn.BatchNorm2d) -> None:

@@ -42,7 +42,7 @@ class Replay:
         # of all calls: autograd remembers which one a gradient comes from; ahead of what is launched beside it
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._refused = False
+        self.refused = False
         self._inputs: tuple[Tensor, ...] = ()
         self._result: Tensor | None = None
 
@@ -59,7 +59,7 @@ class Replay:
     def _replay_or_call(self, inputs: tuple[Tensor, ...]) -> Tensor:
         before, here = self._calls, getattr(self._warm, "calls", 0)
         self._calls, self._warm.calls = before + 1, here + 1
-        wanted = self._graph is None and not self._refused and before >= WARM_UP
+        wanted = self._graph is None and not self.refused and before >= WARM_UP
         if wanted and here >= WARM_UP:
             self._capture(inputs)
         elif wanted and self._is_pure:  # threads that call once each
@@ -110,7 +110,7 @@ class Replay:
         if reason is None:
             self._graph = graph
             return
-        self._refused, self._inputs, self._result = True, (), None
+        self.refused, self._inputs, self._result = True, (), None
         log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
 
 

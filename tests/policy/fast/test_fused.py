@@ -134,8 +134,9 @@ def pictures(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
         monkeypatch.setattr(encoder, "picture_kernels_for", find)
         monkeypatch.setattr(convolution, "learns_under_autocast", lambda *_: torch.is_autocast_enabled("cpu"))
         stem = importlib.import_module("getiaction.policy.fast.fused_stem")
-        takes = stem.is_ours  # the interpreter cannot multiply bf16
-        monkeypatch.setattr(stem, "is_ours", lambda turned: turned.dtype != torch.bfloat16 and takes(turned))
+        fits = stem.fits_products  # the interpreter cannot multiply bf16
+        monkeypatch.setattr(stem, "fits_products", lambda turned: turned.dtype != torch.bfloat16 and fits(turned))
+        monkeypatch.setattr(stem, "find_products", lambda: stem)
     return found
 
 
@@ -391,12 +392,16 @@ def test_a_step_casts_its_weights_ahead(fused: ModuleType, monkeypatch: pytest.M
         assert not are_one(twice())
         with torch.no_grad(), casts.cast_ahead(layer, gpu):
             assert not are_one(twice())
-        keep_shadows(layer, torch.bfloat16)
+        shadows = keep_shadows(layer, torch.bfloat16)
         for _ in range(2):
             with casts.cast_ahead(layer, gpu):
-                assert are_one(twice())
+                made = twice()
+                assert are_one(made)
+                assert made[0] is shadows.of[layer.weight]
             with torch.no_grad():
                 layer.weight.add_(1.0)
+        del shadows, made
+        assert casts.shadows_of(layer) is None
 
 
 @pytest.mark.parametrize(("scales", "precision"), [(True, torch.bfloat16), (False, None)])
@@ -641,6 +646,17 @@ def test_the_first_convolution_in_two_bytes(
     assert float((found - exact).detach().norm()) < 1e-2 * float(exact.detach().norm())
     assert float((ours - theirs).norm()) < 1e-2 * float(theirs.norm())
     assert ours.stride() == layer.weight.stride()
+
+
+def test_products_that_compute_something_else_are_noticed(pictures: ModuleType) -> None:
+    stem, dtype = importlib.import_module("getiaction.policy.fast.fused_stem"), torch.bfloat16
+    dtype = dtype if ON_GPU else torch.float16
+    kernels.compare_products(stem, torch.device(DEVICE), dtype)  # as at the first use
+    for name in ("convolve", "weight_gradient"):
+        right = getattr(stem, name)
+        wrong = SimpleNamespace(**vars(stem) | {name: lambda *given, right=right: right(*given) * 1.1})
+        with pytest.raises(ArithmeticError):
+            kernels.compare_products(wrong, torch.device(DEVICE), dtype)
 
 
 @pytest.mark.parametrize("kind", ["each", "all", "none"])
