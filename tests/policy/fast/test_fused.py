@@ -626,7 +626,7 @@ def test_the_first_convolution(
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize(("side", "padding", "width"), [(7, 3, 32), (8, 0, 16)])
+@pytest.mark.parametrize(("side", "padding", "width"), [(7, 3, 16), (8, 0, 16)])
 def test_the_first_convolution_in_two_bytes(
     pictures: ModuleType, monkeypatch: pytest.MonkeyPatch, side: int, padding: int, width: int
 ) -> None:
