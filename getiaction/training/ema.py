@@ -15,7 +15,7 @@ Weights = tuple[list[Tensor], list[Tensor]]
 
 @dataclass
 class Followed:
-    """Let an optimiser average the weights that its step updates, since it has them at hand: see `adam.py`.
+    """Let an optimiser average the weights that its step updates, since it has them at hand: see `stepper.py`.
 
     Args:
         averages: of each weight.
