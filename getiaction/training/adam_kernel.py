@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The Triton kernel of `adam.py`."""
+"""The Triton kernel that `stepper.py` launches."""
 
 from __future__ import annotations
 

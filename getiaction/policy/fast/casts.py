@@ -1,6 +1,6 @@
 """Cast weights to the type that autocast multiplies in: once for a chunk of actions, or all at once for a step.
 
-An optimiser that has the new weights at hand can write them in that type as well (see `Shadows` and `training/stepper.py`).
+An optimiser that has the new weights at hand can write those as well (see `Shadows` and `training/stepper.py`).
 """
 
 from __future__ import annotations
