@@ -76,6 +76,70 @@ def _store_gradient(by_x, there, mask, value, total, mean, rate, gain, offset, a
 
 
 @triton.jit
+def _spread_squares(
+    x, taken, gradient, beside, by_x, corner, out_corner, known, mean, rate, gain, offset, average, along,
+    lines, columns, out_lines, out_columns, channels, JOINS: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of all numbers, 2x2 at a time, of windows of 3x3 at every second place with padding 1.
+
+    They begin in the middle of a window, which sees them, and so do those to its right and below.
+    """
+    square, below, out_places = tl.arange(0, SQUARES)[:, None], out_columns * channels, out_lines * out_columns
+    for first in range(0, out_places, SQUARES):
+        window = first + square
+        mask, line, column = (window < out_places) & known, window // out_columns, window % out_columns
+        there, lower, right = out_corner + window * channels, line + 1 < out_lines, column + 1 < out_columns
+        a, tap_a = _load_window(gradient, beside, taken, there, mask, JOINS)
+        b, tap_b = _load_window(gradient, beside, taken, there + channels, mask & right, JOINS)
+        c, tap_c = _load_window(gradient, beside, taken, there + below, mask & lower, JOINS)
+        d, tap_d = _load_window(gradient, beside, taken, there + below + channels, mask & lower & right, JOINS)
+        at = corner + (2 * line * columns + 2 * column) * channels
+        lower, right = mask & (2 * line + 1 < lines), mask & (2 * column + 1 < columns)
+        at_b, at_c, at_d = at + channels, at + columns * channels, at + (columns + 1) * channels
+        one = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        two = tl.load(x + at_b, mask=right, other=0.0).to(tl.float32)
+        three = tl.load(x + at_c, mask=lower, other=0.0).to(tl.float32)
+        four = tl.load(x + at_d, mask=lower & right, other=0.0).to(tl.float32)
+        total = tl.where(tap_a == 4, a, 0.0)
+        _store_gradient(by_x, at, mask, one, total, mean, rate, gain, offset, average, along)
+        total = tl.where(tap_b == 3, b, 0.0) + tl.where(tap_a == 5, a, 0.0)
+        _store_gradient(by_x, at_b, right, two, total, mean, rate, gain, offset, average, along)
+        total = tl.where(tap_c == 1, c, 0.0) + tl.where(tap_a == 7, a, 0.0)
+        _store_gradient(by_x, at_c, lower, three, total, mean, rate, gain, offset, average, along)
+        total = tl.where(tap_d == 0, d, 0.0) + tl.where(tap_c == 2, c, 0.0)
+        total = total + tl.where(tap_b == 6, b, 0.0) + tl.where(tap_a == 8, a, 0.0)
+        _store_gradient(by_x, at_d, lower & right, four, total, mean, rate, gain, offset, average, along)
+
+
+@triton.jit
+def _spread_numbers(
+    x, taken, gradient, beside, by_x, corner, out_corner, known, mean, rate, gain, offset, average, along,
+    lines, columns, out_lines, out_columns, channels,
+    JOINS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of all numbers, one after the other, of any windows."""
+    place, places = tl.arange(0, PLACES)[:, None], lines * columns
+    for first in range(0, places, PLACES):
+        number = first + place
+        mask, line, column = (number < places) & known, number // columns, number % columns
+        value = tl.load(x + corner + number * channels, mask=mask, other=0.0).to(tl.float32)
+        total = tl.zeros((PLACES, CHANNELS), tl.float32)
+        for up in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
+            for left in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
+                y, z = (line + PADDING) // STRIDE - up, (column + PADDING) // STRIDE - left  # may see it
+                down, across = line + PADDING - y * STRIDE, column + PADDING - z * STRIDE
+                within = mask & (y >= 0) & (y < out_lines) & (down < KERNEL)
+                within = within & (z >= 0) & (z < out_columns) & (across < KERNEL)
+                # all channels of it are read, side by side, also where another place was larger
+                there = out_corner + (y * out_columns + z) * channels
+                came, tap = _load_window(gradient, beside, taken, there, within, JOINS)
+                total += tl.where(tap == down * KERNEL + across, came, 0.0)
+        there = corner + number * channels
+        _store_gradient(by_x, there, mask, value, total, mean, rate, gain, offset, average, along)
+
+
+@triton.jit
 def pool_backward_kernel(
     x, weight, bias, taken, won, statistics, gradient, beside, by_x, by_affine,
     lines, columns, out_lines, out_columns, groups, size,
@@ -115,47 +179,12 @@ def pool_backward_kernel(
     average = tl.sum(by_offset * gains, 0) / (places * size)
     along = tl.sum(by_gain * gains, 0) / (places * size)
     if KERNEL == 3 and STRIDE == 2 and PADDING == 1:
-        # 2x2 numbers at a time, from the middle of a window on: it sees them, and those to its right and below
-        square, below = tl.arange(0, SQUARES)[:, None], out_columns * channels
-        for first in range(0, out_places, SQUARES):
-            window = first + square
-            mask, line, column = (window < out_places) & known, window // out_columns, window % out_columns
-            there, lower, right = out_corner + window * channels, line + 1 < out_lines, column + 1 < out_columns
-            a, tap_a = _load_window(gradient, beside, taken, there, mask, JOINS)
-            b, tap_b = _load_window(gradient, beside, taken, there + channels, mask & right, JOINS)
-            c, tap_c = _load_window(gradient, beside, taken, there + below, mask & lower, JOINS)
-            d, tap_d = _load_window(gradient, beside, taken, there + below + channels, mask & lower & right, JOINS)
-            at = corner + (2 * line * columns + 2 * column) * channels
-            lower, right = mask & (2 * line + 1 < lines), mask & (2 * column + 1 < columns)
-            at_b, at_c, at_d = at + channels, at + columns * channels, at + (columns + 1) * channels
-            one = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            two = tl.load(x + at_b, mask=right, other=0.0).to(tl.float32)
-            three = tl.load(x + at_c, mask=lower, other=0.0).to(tl.float32)
-            four = tl.load(x + at_d, mask=lower & right, other=0.0).to(tl.float32)
-            total = tl.where(tap_a == 4, a, 0.0)
-            _store_gradient(by_x, at, mask, one, total, mean, rate, gain, offset, average, along)
-            total = tl.where(tap_b == 3, b, 0.0) + tl.where(tap_a == 5, a, 0.0)
-            _store_gradient(by_x, at_b, right, two, total, mean, rate, gain, offset, average, along)
-            total = tl.where(tap_c == 1, c, 0.0) + tl.where(tap_a == 7, a, 0.0)
-            _store_gradient(by_x, at_c, lower, three, total, mean, rate, gain, offset, average, along)
-            total = tl.where(tap_d == 0, d, 0.0) + tl.where(tap_c == 2, c, 0.0)
-            total = total + tl.where(tap_b == 6, b, 0.0) + tl.where(tap_a == 8, a, 0.0)
-            _store_gradient(by_x, at_d, lower & right, four, total, mean, rate, gain, offset, average, along)
+        _spread_squares(
+            x, taken, gradient, beside, by_x, corner, out_corner, known, mean, rate, gain, offset, average, along,
+            lines, columns, out_lines, out_columns, channels, JOINS, SQUARES,
+        )  # fmt: skip
     else:
-        for first in range(0, places, PLACES):
-            number = first + place
-            mask, line, column = (number < places) & known, number // columns, number % columns
-            value = tl.load(x + corner + number * channels, mask=mask, other=0.0).to(tl.float32)
-            total = tl.zeros((PLACES, CHANNELS), tl.float32)
-            for up in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
-                for left in tl.static_range((KERNEL + STRIDE - 1) // STRIDE):
-                    y, z = (line + PADDING) // STRIDE - up, (column + PADDING) // STRIDE - left  # may see it
-                    down, across = line + PADDING - y * STRIDE, column + PADDING - z * STRIDE
-                    within = mask & (y >= 0) & (y < out_lines) & (down < KERNEL)
-                    within = within & (z >= 0) & (z < out_columns) & (across < KERNEL)
-                    # all channels of it are read, side by side, also where another place was larger
-                    there = out_corner + (y * out_columns + z) * channels
-                    came, tap = _load_window(gradient, beside, taken, there, within, JOINS)
-                    total += tl.where(tap == down * KERNEL + across, came, 0.0)
-            there = corner + number * channels
-            _store_gradient(by_x, there, mask, value, total, mean, rate, gain, offset, average, along)
+        _spread_numbers(
+            x, taken, gradient, beside, by_x, corner, out_corner, known, mean, rate, gain, offset, average, along,
+            lines, columns, out_lines, out_columns, channels, JOINS, KERNEL, STRIDE, PADDING, PLACES, CHANNELS,
+        )  # fmt: skip
