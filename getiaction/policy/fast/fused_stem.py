@@ -24,9 +24,8 @@ from getiaction.policy.normalizer import Ranges, normalize_by
 
 BLOCK = 1024  # numbers that a program copies
 PLACES = 128  # of a picture, that a program multiplies at a time
-SPLITS = (
-    264  # programs that share the sum over all places, for each line of taps: two for each multiprocessor of an H200
-)
+# programs that share the sum over all places, for each line of taps: two for each multiprocessor of an H200
+SPLITS = 264
 MOST_COLOURS = 4  # of pictures, of which 2x2 places are looked at as one
 LAST = torch.channels_last
 
