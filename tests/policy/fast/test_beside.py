@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from getiaction.policy import DiffusionPolicy, Features
 from getiaction.policy.fast.beside import Beside, are_leaves, beside, come_from_one_place, lay_as, using
 
 CPU = torch.device("cpu")
@@ -19,6 +22,19 @@ def test_a_weight_that_is_used_twice_is_found() -> None:
     assert not come_from_one_place((layers[0].weight * layers[0].weight).sum())
     shared = layers(x)  # what is used twice may be anything but a weight
     assert come_from_one_place((shared * shared).sum())
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_no_weight_of_a_policy_is_used_twice(make_policy: Callable[..., DiffusionPolicy], separate: bool) -> None:
+    """Or its weights would learn after the backward pass, and nobody would be told."""
+    cameras = {f"observation.images.{name}": (3, 40, 40) for name in ("top", "wrist")}
+    policy = make_policy(
+        Features(action_dim=2, state_dim=3, cameras=cameras), use_separate_rgb_encoder_per_camera=separate
+    )
+    batch: dict[str, Tensor] = {name: torch.rand(1, 2, 3, 34, 34) for name in cameras}
+    batch |= {"observation.state": torch.rand(1, 2, 3), "action": torch.rand(1, 8, 2)}
+    batch["action_is_pad"] = torch.zeros(1, 8, dtype=torch.bool)
+    assert come_from_one_place(policy(batch, torch.randn(2, 8, 2), torch.tensor([3, 7])))
 
 
 def test_weights_that_are_computed_are_no_leaves() -> None:
