@@ -13,15 +13,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.gpu_bench import Bench
-from benchmarks.gpu_kernels import MANY, trainer_of
+from benchmarks.gpu_kernels import MANY, STEPS, trainer_of
 
-STEPS = (
-    ("pusht_basic", 64, "bf16"),
-    ("pusht_basic", 256, "bf16"),
-    ("pusht_advanced", 64, "bf16"),
-    ("pusht_basic", 64, "no"),
-    ("pusht_pictures", 48, "bf16"),
-)
 TURNS = 3
 EAGER = 4  # steps until one is replayed
 
