@@ -20,6 +20,7 @@ from torchvision.transforms import functional as pictures
 
 from getiaction.policy.fast.convolution import replace_convolutions
 from getiaction.policy.fast.kernels import picture_kernels_for
+from getiaction.policy.fast.packed import packed_for
 from getiaction.policy.normalizer import Ranges, normalize_by
 
 
@@ -138,7 +139,8 @@ class ImageEncoder(nn.Module):
         if kernels is not None:
             features = kernels.run(self.backbone, images, ranges)
         else:
-            features = self.backbone(normalize_by(ranges, images) if images.dtype == torch.uint8 else images)
+            images = normalize_by(ranges, images) if images.dtype == torch.uint8 else images
+            features = (packed_for(self.backbone, images) or self.backbone)(images)
         keypoints = self.pool(features)  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from getiaction.policy.fast.activation import mish_
 from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.fast.copies import Copies, Copy, read_faster_in_columns
+from getiaction.policy.fast.copies import Copies, Copy, Stamp, read_faster_in_columns
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
@@ -104,14 +104,16 @@ class UnrolledUnet:
             x = self._double(double, x)
         convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
         self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
+        self._stamp = Stamp(copy.weight for copy in self._copies)
 
     @torch.inference_mode()
     def look(self, films: Sequence[Tensor]) -> None:
         """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
         for own, film in zip(self._films, films, strict=True):
             own.copy_(film)
-        for copy in self._copies:
-            copy.refresh()
+        if self._stamp.renew():
+            for copy in self._copies:
+                copy.refresh()
 
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:

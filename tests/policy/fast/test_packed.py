@@ -1,0 +1,259 @@
+"""Pictures encoded by packed weights: what the layers compute, whoever changes these or their weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy.encoder import ImageEncoder
+from getiaction.policy.fast import packed
+from getiaction.policy.fast.packed import KEPT, PackedResnet, packed_for
+
+SHAPES = [("resnet18", (1, 64, 64)), ("resnet18", (3, 65, 47)), ("resnet50", (2, 33, 64))]  # B, H, W
+
+
+@pytest.fixture(autouse=True)
+def _onednn() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+
+
+def make(norm: str, resnet: str = "resnet18") -> nn.Sequential:
+    """Return a network in which every weight, and every moment of batch norm, matters."""
+    torch.manual_seed(0)
+    backbone = ImageEncoder((3, 64, 64), norm=norm, resnet=resnet).eval().backbone
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.3)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return backbone
+
+
+def drawn(batch_size: int = 1, height: int = 64, width: int = 64) -> Tensor:
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def assert_equal(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def check(backbone: nn.Sequential, pictures: Tensor) -> None:
+    """Compare what packed weights make of pictures with what the layers do."""
+    found = packed_for(backbone, pictures)
+    assert type(found) is PackedResnet
+    assert_equal(found(pictures), backbone(pictures))
+
+
+@pytest.mark.parametrize(("resnet", "shape"), SHAPES, ids=str)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_it_is_what_the_layers_compute(norm: str, resnet: str, shape: tuple[int, int, int]) -> None:
+    backbone = make(norm, resnet)
+    check(backbone, drawn(*shape))
+    check(backbone, drawn(*shape).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_an_encoder_that_acts_uses_it(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ImageEncoder((3, 64, 64), norm=norm).eval()
+    calls: list[Tensor] = []
+    run = PackedResnet.__call__
+    monkeypatch.setattr(PackedResnet, "__call__", lambda self, x: calls.append(x) or run(self, x))
+    pictures = drawn(2)
+    learning = encoder(pictures)  # with gradients
+    assert not calls
+    with torch.no_grad():
+        encoder(pictures)
+        calls.clear()  # those of the trial
+        acting = encoder(pictures)
+    assert len(calls) == 1
+    assert_equal(acting, learning.detach())
+
+
+def train_a_step(backbone: nn.Sequential) -> None:
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.01, fused=True)
+    with torch.enable_grad():
+        backbone(drawn()).square().mean().backward()
+    optimizer.step()
+
+
+def average(backbone: nn.Sequential) -> None:
+    for weight in backbone.parameters():
+        weight.data.mul_(0.9).add_(torch.randn(weight.shape), alpha=0.02)
+
+
+def see_more(backbone: nn.Sequential) -> None:
+    """Let batch norm's moments go on, and nothing else."""
+    backbone.train()
+    backbone(drawn(4, 32, 32))
+    backbone.eval()
+
+
+def load(backbone: nn.Sequential) -> None:
+    backbone.load_state_dict({name: weight * 2 for name, weight in backbone.state_dict().items()})
+
+
+def replace(backbone: nn.Sequential) -> None:
+    backbone[0] = copy.deepcopy(backbone[0])
+    nn.init.normal_(backbone[0].weight)
+
+
+def move(backbone: nn.Sequential) -> None:
+    weight = backbone[4][0].conv1.weight
+    weight.data = weight.data.flip(0).contiguous()
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], None]] = {
+    change.__name__: change for change in (train_a_step, average, see_more, load, replace, move)
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_it_follows_the_weights(change: str, norm: str) -> None:
+    backbone, pictures = make(norm), drawn()
+    check(backbone, pictures)
+    before = backbone(pictures)
+    CHANGES[change](backbone)
+    if norm == "batch" or change != "see_more":
+        assert not torch.allclose(backbone(pictures), before, rtol=1e-3)
+    check(backbone, pictures)
+
+
+@torch.no_grad()
+def test_what_does_not_change_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packings: list[Tensor] = []
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_reorder_convolution_weight",
+        lambda weight, *sizes: packings.append(weight) or pack(weight, *sizes),
+    )
+    backbone = make("batch")
+    for _ in range(3):
+        check(backbone, drawn())
+    assert len(packings) == 20  # a ResNet-18's convolutions
+    backbone[7][1].bn2.running_var.mul_(2)
+    check(backbone, drawn())
+    assert len(packings) == 40
+
+
+def watch(backbone: nn.Sequential) -> None:
+    backbone[4][0].conv1.register_forward_hook(lambda *_: None)
+
+
+def train_one(backbone: nn.Sequential) -> None:
+    backbone[4][0].bn1.train()
+
+
+def widen(backbone: nn.Sequential) -> None:
+    backbone[4][0].conv1 = nn.Conv2d(64, 64, 3, padding=2, dilation=2, bias=False)
+
+
+def activate(backbone: nn.Sequential) -> None:
+    backbone[4][0].relu = nn.SiLU()
+
+
+def forget(backbone: nn.Sequential) -> None:
+    backbone[4][0].bn1 = nn.BatchNorm2d(64, track_running_stats=False).eval()
+
+
+def own_norm(backbone: nn.Sequential) -> None:
+    backbone[4][0].bn1 = nn.InstanceNorm2d(64)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [watch, train_one, widen, activate, forget, own_norm, nn.Module.double, nn.Module.train],
+    ids=lambda odd: odd.__name__,
+)
+@torch.no_grad()
+def test_other_networks_are_left_to_their_layers(odd: Callable[[nn.Module], Any]) -> None:
+    backbone = make("batch")
+    odd(backbone)
+    assert packed_for(backbone, drawn().to(backbone[0].weight.dtype)) is None
+
+
+def test_other_calls_are_left_to_the_layers() -> None:
+    backbone, pictures = make("batch"), drawn()
+    assert packed_for(backbone, pictures) is None  # with gradients
+    with torch.no_grad():
+        assert packed_for(backbone, pictures[:0]) is None
+        assert packed_for(backbone, pictures.bfloat16()) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed_for(backbone, pictures) is None
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert packed_for(backbone, pictures) is None
+        assert packed_for(backbone, pictures) is not None
+
+
+@pytest.mark.parametrize("fault", ["other sums", "another signature"])
+@torch.no_grad()
+def test_a_library_that_does_otherwise_is_not_used(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+
+    def otherwise(weight: Tensor, *sizes: Any) -> Tensor:
+        return pack(weight * 1.01, *sizes) if fault == "other sums" else pack(weight, "same", *sizes)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", otherwise)
+    monkeypatch.setattr(packed.log, "disabled", False)
+    backbone, pictures = make("batch"), drawn()
+    with caplog.at_level(logging.WARNING):
+        assert packed_for(backbone, pictures) is None
+        assert packed_for(backbone, pictures) is None
+    assert len(caplog.records) == 1
+
+
+@torch.no_grad()
+def test_threads_share_it() -> None:
+    backbone, pictures = make("batch"), drawn()
+    wanted, found = backbone(pictures), list[Tensor]()
+
+    def encode() -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                found.append((packed_for(backbone, pictures) or backbone)(pictures))
+
+    threads = [threading.Thread(target=encode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 15
+    for one in found:
+        assert_equal(one, wanted)
+
+
+@torch.no_grad()
+def test_it_goes_with_its_network() -> None:
+    backbone = make("group")
+    check(backbone, drawn())
+    held = [weakref.ref(backbone), weakref.ref(KEPT[backbone])]
+    del backbone
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+@torch.no_grad()
+def test_a_copy_has_its_own() -> None:
+    backbone = make("batch")
+    check(backbone, drawn())
+    other = copy.deepcopy(backbone)
+    average(other)
+    check(other, drawn())
+    check(backbone, drawn())
