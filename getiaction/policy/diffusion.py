@@ -303,8 +303,9 @@ class DiffusionPolicy(nn.Module):
             noise = self._draw(len(cond), generator)
         timesteps, take = start(scheduler, steps, self.prediction_type)
         unet = self.diffusion.unet
-        films = unet.modulation(timesteps.to(cond.device) if times is None else times, cond)
-        unrolled = unroll(unet, films, self.horizon)
+        times = timesteps.to(cond.device) if times is None else times
+        unrolled = unroll(unet, times, cond, self.horizon)
+        films = [] if unrolled else unet.modulation(times, cond)
         scale = getattr(scheduler, "scale_model_input", None)  # flow matching needs none
         sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         with cast_once() if cond.device.type == "cuda" else contextlib.nullcontext():

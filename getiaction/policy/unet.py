@@ -189,7 +189,7 @@ class ConditionalUnet1d(nn.Module):
         cond = torch.cat([self.diffusion_step_encoder(timesteps), cond], dim=-1)  # (B, embed + cond_dim)
         cond = self.activation(cond)
         if (fused := self._kernels(noisy_actions)) is not None:
-            layers = [cast(nn.Linear, block.cond_encoder[1]) for block in self._blocks()]
+            layers = [cast(nn.Linear, block.cond_encoder[1]) for block in self.blocks()]
             return self.denoise(noisy_actions, fused.films(layers, cond))
 
         def run(block: ResidualBlock, x: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class ConditionalUnet1d(nn.Module):
         """
         step, seen = self.activation(self.diffusion_step_encoder(timesteps)), self.activation(cond)
         split, films = self.diffusion_step_embed_dim, []
-        for block in self._blocks():
+        for block in self.blocks():
             layer = cast(nn.Linear, block.cond_encoder[1])
             by_step = functional.linear(step, layer.weight[:, :split])  # (S, 2C')
             by_row = functional.linear(seen, layer.weight[:, split:], layer.bias)  # (B, 2C')
@@ -222,6 +222,12 @@ class ConditionalUnet1d(nn.Module):
         """Do what `forward` does, (B, T, Da) to (B, T, Da), with one step's values of `modulation`, (B, ...) each."""
         left = iter(films)
         return self._pass(noisy_actions, lambda block, x: block.modulate(x, next(left)))
+
+    def blocks(self) -> list[ResidualBlock]:
+        """Return the blocks in the order in which they are called."""
+        down = [block for first, second, _ in levels(self.down_modules) for block in (first, second)]
+        up = [block for first, second, _ in levels(self.up_modules) for block in (first, second)]
+        return [*down, *cast(Iterable[ResidualBlock], self.mid_modules), *up]
 
     def _pass(self, noisy_actions: Tensor, run: Callable[[ResidualBlock, Tensor], Tensor]) -> Tensor:
         x = rearrange(noisy_actions, "b t d -> b d t")
@@ -246,7 +252,7 @@ class ConditionalUnet1d(nn.Module):
         fused = kernels_for(self, x) if torch.is_grad_enabled() else None
         if fused is None or (self.gradient_checkpointing and self.training):
             return None
-        blocks = self._blocks()
+        blocks = self.blocks()
         layers = [block.cond_encoder for block in blocks]
         ours = all(type(block) is ResidualBlock for block in blocks)
         if not ours or any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
@@ -263,12 +269,6 @@ class ConditionalUnet1d(nn.Module):
             return False
         narrow = max(self.down_dims) <= NARROW and len(x) >= MANY
         return narrow or (self.training and any(getattr(layer, "by_taps", False) for layer in self.modules()))
-
-    def _blocks(self) -> list[ResidualBlock]:
-        """Return the blocks in the order of `_pass`."""
-        down = [block for first, second, _ in levels(self.down_modules) for block in (first, second)]
-        up = [block for first, second, _ in levels(self.up_modules) for block in (first, second)]
-        return [*down, *cast(Iterable[ResidualBlock], self.mid_modules), *up]
 
 
 def join(x: Tensor, skip: Tensor) -> Tensor:

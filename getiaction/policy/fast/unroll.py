@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,22 +55,21 @@ class Unrolled:
 KEPT = Kept()
 
 
-def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUnet | None:
-    """Return what denoises with the values of `modulation`, (S, B, ...) each; it is made anew only if it must.
+def unroll(unet: nn.Module, timesteps: Tensor, cond: Tensor, horizon: int) -> UnrolledUnet | None:
+    """Return what denoises T = `horizon` actions at the steps `timesteps`, (S,), given `cond`, (B, cond_dim).
 
-    In float32 it is a `NativeUnet` where there is a C compiler, up to `ROWS` rows; it multiplies by copies of the
-    weights in another order. So does an `UnrolledUnet` on some CPUs, by copies of the large ones, and by bf16 copies
-    under autocast. They are made again when a weight changed (see `Copy`). None if this is no inference on the CPU, or
-    the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks of its modules are not
-    called.
+    It is made anew only if it must. In float32 it is a `NativeUnet` where there is a C compiler, up to `ROWS` rows; it
+    multiplies by copies of the weights in another order. So does an `UnrolledUnet` on some CPUs, by copies of the large
+    ones, and by bf16 copies under autocast. They are made again when a weight changed (see `Stamp`). None if this is no
+    inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks
+    of its modules are not called.
     """
-    if films[0].device.type != "cpu":
+    if cond.device.type != "cpu":
         KEPT.of.pop(unet, None)  # what was made before it moved
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(unet) is not ConditionalUnet1d:
         return None
-    num_steps, batch_size = films[0].shape[:2]
-    plan = Plan(batch_size, horizon, num_steps, multiplied_in(unet), torch.get_num_threads())
+    plan = Plan(len(cond), horizon, len(timesteps), multiplied_in(unet), torch.get_num_threads())
     kept = KEPT.of.get(unet)
     if kept is None or not kept.held.unchanged():
         KEPT.of[unet] = kept = Unrolled(unet)
@@ -79,5 +77,5 @@ def unroll(unet: nn.Module, films: Sequence[Tensor], horizon: int) -> UnrolledUn
         unrolled = kept.find(unet, plan)
     except OtherLayerError:
         return None
-    unrolled.look(films)
+    unrolled.look(timesteps, cond)
     return unrolled

@@ -8,7 +8,7 @@ one copy, of its windows, and one matrix product that takes the weights as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from getiaction.policy.fast.activation import mish_
 from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
 from getiaction.policy.fast.copies import Copies, Copy, Stamp, read_faster_in_columns
+from getiaction.policy.fast.modulation import Modulation
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
@@ -88,7 +89,15 @@ class UnrolledUnet:
         self._plan, self._like, self._at = plan, next(unet.parameters()), Position()
         self._shared, self._copies = copies, list[Copy]()  # of weights; those that are used here
         self._calls: list[Callable[[], object]] = []
-        self._films: list[Tensor] = []  # (S, B, C' or 2C') for each block
+        blocks = [exactly(block, ResidualBlock) for block in unet.blocks()]
+        layers = [exactly(block.cond_encoder[1], nn.Linear) for block in blocks]
+        if len({(layer.in_features, layer.weight.dtype) for layer in layers}) > 1:
+            raise OtherLayerError
+        try:
+            self._modulation = Modulation(unet, layers, plan.num_steps, plan.batch_size, plan.dtype)
+        except RuntimeError as error:  # their numbers lie apart
+            raise OtherLayerError from error
+        self._films = iter(self._modulation.films)
         self._margin = max(unet.kernel_size // 2, 1)
         self._input = x = self._track(plan.horizon, unet.action_dim)
         skips = []
@@ -105,12 +114,12 @@ class UnrolledUnet:
         convolution, norm, _ = exactly(unet.final_conv[0], ConvBlock).block
         self._output = self._convolve(unet.final_conv[1], self._normalise(norm, self._convolve(convolution, x)))
         self._stamp = Stamp(copy.weight for copy in self._copies)
+        del self._films
 
     @torch.inference_mode()
-    def look(self, films: Sequence[Tensor]) -> None:
-        """Take in what `ConditionalUnet1d.modulation` computed from new observations."""
-        for own, film in zip(self._films, films, strict=True):
-            own.copy_(film)
+    def look(self, timesteps: Tensor, cond: Tensor) -> None:
+        """Take in the steps to denoise at, (S,), new observations, (B, cond_dim) encoded, and what weights are now."""
+        self._modulation.look(timesteps, cond)
         if self._stamp.renew():
             for copy in self._copies:
                 copy.refresh()
@@ -129,9 +138,9 @@ class UnrolledUnet:
         block = exactly(block, ResidualBlock)
         convolution, norm, _ = block.conv1.block
         hidden = self._convolve(convolution, x)  # (B, T, C')
-        values = hidden.shape[2] * (2 if block.film_scale else 1)
-        film = self._new(self._plan.num_steps, self._plan.batch_size, values)
-        self._films.append(film)
+        film = next(self._films)
+        if film.shape[2] != hidden.shape[2] * (2 if block.film_scale else 1):
+            raise OtherLayerError
         track = self._normalise(norm, hidden, film=film, scales=block.film_scale)
         convolution, norm, _ = block.conv2.block
         around = block.residual_conv

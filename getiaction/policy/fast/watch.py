@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from operator import is_
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 GLOBAL_HOOKS = (
@@ -21,43 +22,40 @@ class Held:
     """Remember which layers a module has, and where their weights lie; it holds none of them itself."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [
-            (weakref.ref(layer), children, places)
-            for layer in module.modules()
-            if (children := children_of(layer)) + (places := places_of(layer))
-        ]
+        layers = list(module.modules())
+        values = parts_of(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._values = [_nobody if value is None else weakref.ref(value) for value in values]
+        self._places = places_of(values)
 
     def unchanged(self) -> bool:
         """Tell whether all layers are what they were, and their weights lie where they did."""
-        for held, children, places in self._layers:
-            layer = held()
-            if layer is None or len(layer._modules) != len(children):
-                return False
-            if len(layer._parameters) + len(layer._buffers) != len(places):
-                return False
-            for name, child in children:
-                if layer._modules.get(name) is not child():
-                    return False
-            for name, place in places:
-                weight = layer._parameters.get(name, layer._buffers.get(name))
-                if (None if weight is None else weight.data_ptr()) != place:
-                    return False
-        return True
+        layers = [layer() for layer in self._layers]
+        if None in layers:
+            return False
+        values = parts_of(layers)
+        if len(values) != len(self._values) or not all(map(is_, values, [value() for value in self._values])):
+            return False
+        return places_of(values) == self._places
 
 
-def children_of(layer: nn.Module) -> list[tuple[str, Callable[[], nn.Module | None]]]:
-    """Return what tells a layer's children, by name, without holding them; None is a child, too."""
-    return [(name, weakref.ref(child) if child is not None else _nobody) for name, child in layer._modules.items()]
+def parts_of(layers: Iterable[nn.Module | None]) -> list[nn.Module | Tensor | None]:
+    """Return the children, weights and buffers of each layer, in order; None is one, too."""
+    found: list[nn.Module | Tensor | None] = []
+    for layer in cast(Iterable[nn.Module], layers):
+        found += layer._modules.values()
+        found += layer._parameters.values()
+        found += layer._buffers.values()
+    return found
+
+
+def places_of(values: Iterable[nn.Module | Tensor | None]) -> list[int]:
+    """Return where the weights and buffers among some values lie."""
+    return [value.data_ptr() for value in values if isinstance(value, Tensor)]
 
 
 def _nobody() -> None:
     return None
-
-
-def places_of(layer: nn.Module) -> list[tuple[str, int | None]]:
-    """Return where a layer's own weights and buffers lie."""
-    own = (*layer._parameters.items(), *layer._buffers.items())
-    return [(name, None if value is None else value.data_ptr()) for name, value in own]
 
 
 class Listeners:

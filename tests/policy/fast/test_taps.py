@@ -207,6 +207,6 @@ def test_acting_takes_the_weights_as_they_lie(dtype: torch.dtype) -> None:
     with torch.no_grad():
         expected = unet(actions, timesteps.expand(2), cond)
         use_taps(unet)
-        unrolled = unroll(unet, unet.modulation(timesteps, cond), 8)
+        unrolled = unroll(unet, timesteps, cond, 8)
         assert unrolled is not None
         torch.testing.assert_close(unrolled(actions, 0), expected, rtol=1e-4, atol=1e-5)

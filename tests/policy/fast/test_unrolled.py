@@ -41,7 +41,7 @@ def make(dtype: torch.dtype = torch.float64, **shape: Any) -> ConditionalUnet1d:
 def denoise(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the unrolled and the plain network predict at each of TIMESTEPS: (S, B, T, Da) both."""
     with torch.no_grad():
-        unrolled = unroll(unet, unet.modulation(TIMESTEPS, cond), actions.shape[1])
+        unrolled = unroll(unet, TIMESTEPS, cond, actions.shape[1])
         fast = torch.stack([unrolled(actions, number) for number in range(len(TIMESTEPS))])
         return fast, torch.stack([unet(actions, timestep.expand(len(actions)), cond) for timestep in TIMESTEPS])
 
@@ -87,13 +87,13 @@ def test_float32_differs_by_rounding_only() -> None:
 def test_it_is_made_once_and_sees_new_observations_and_new_weights(down_dims: tuple[int, ...]) -> None:
     unet = make(down_dims=down_dims)
     actions = torch.randn(2, 8, 3).double()
-    first = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(2, 5).double()), 8)
+    first = unroll(unet, TIMESTEPS, torch.randn(2, 5).double(), 8)
     torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))  # other observations
     with torch.no_grad():
         for weight in unet.parameters():
             weight.mul_(0.9)  # as an optimiser does, or `load_state_dict`
     torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))
-    assert unroll(unet, unet.modulation(TIMESTEPS, torch.randn(2, 5).double()), 8) is first
+    assert unroll(unet, TIMESTEPS, torch.randn(2, 5).double(), 8) is first
     unet.load_state_dict({key: value * 1.1 for key, value in unet.state_dict().items()}, assign=True)
     torch.testing.assert_close(*denoise(unet, actions, torch.randn(2, 5).double()))  # other tensors
     torch.testing.assert_close(*denoise(copy.deepcopy(unet), actions, torch.randn(2, 5).double()))
@@ -147,7 +147,7 @@ def test_plans_share_their_copies_and_go_when_nobody_needs_them(in_columns: bool
         with torch.no_grad():
             for number in range(20):
                 rows = 1 + number % 7
-                unrolled = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(rows, 5)), 4)
+                unrolled = unroll(unet, TIMESTEPS, torch.randn(rows, 5), 4)
                 made.append(weakref.ref(unrolled))
         alive = {one() for one in made} - {None}
         assert len(alive) == PLANS
@@ -176,7 +176,7 @@ def test_a_network_with_a_hook_that_knows_it_is_freed() -> None:
 def test_what_was_returned_stays_as_it_was() -> None:
     unet = make(down_dims=(16, 32))
     with torch.no_grad():
-        unrolled = unroll(unet, unet.modulation(TIMESTEPS, torch.randn(1, 5).double()), 8)
+        unrolled = unroll(unet, TIMESTEPS, torch.randn(1, 5).double(), 8)
     before = unrolled(torch.zeros(1, 8, 3).double(), 0)
     kept = before.clone()
     unrolled(torch.ones(1, 8, 3).double(), 1)
@@ -208,12 +208,12 @@ def test_networks_with_other_layers_are_left_alone() -> None:
         layer = unet.get_submodule(name)
         layer.__class__ = type("Another", (type(layer),), {})  # as parametrisations do
         with torch.no_grad():
-            assert unroll(unet, unet.modulation(TIMESTEPS, cond), 8) is None
+            assert unroll(unet, TIMESTEPS, cond, 8) is None
     unet = make(down_dims=(16, 32))
     weight = unet.final_conv[0].block[0].weight
     weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
     with torch.no_grad():
-        assert unroll(unet, unet.modulation(TIMESTEPS, cond), 8) is None
+        assert unroll(unet, TIMESTEPS, cond, 8) is None
 
 
 def test_acting_on_the_cpu_takes_it_and_training_does_not(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
