@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreting import hurry
 from torch import nn
 
 from getiaction.policy.fast.casts import keep_shadows, shadows_of
@@ -27,6 +28,8 @@ from getiaction.training.stepper import update_many_at_once
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
+if INTERPRETED:
+    hurry()
 CHOICES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.AdamW, {"weight_decay": 0.1}),
     (torch.optim.Adam, {"weight_decay": 0.1}),

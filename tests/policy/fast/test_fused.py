@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreting import hurry
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +27,8 @@ from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 DEVICE = "cuda" if ON_GPU else "cpu"
+if INTERPRETED:
+    hurry()
 SMALL: dict[str, Any] = {
     "action_dim": 2,
     "cond_dim": 6,
