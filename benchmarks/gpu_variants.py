@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_kernels import MANY, STEPS, trainer_of
+from getiaction.training.stepper import Stepper
 
 TURNS = 3
 EAGER = 4  # steps until one is replayed
@@ -79,6 +80,23 @@ def adam_after(trainer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def adam_beside_encoder(trainer: Any) -> Iterator[None]:
+    """Update the U-Net's weights only once the encoder's gradients come, whose backward pass waits for no memory."""
+    update, waiting = Stepper._update_ahead, list[Any]()
+    encoders = {weight for encoder in trainer.policy.encoders for weight in encoder.parameters()}
+
+    def update_later(stepper: Stepper, weight: Any) -> None:
+        waiting.append(weight)
+        if weight in encoders:
+            for one in waiting:
+                update(stepper, one)
+            waiting.clear()
+
+    with patch.object(Stepper, "_update_ahead", update_later):
+        yield
+
+
+@contextlib.contextmanager
 def first_by_library(trainer: Any) -> Iterator[None]:
     """Let cuDNN do a ResNet's first convolution."""
     with patch("getiaction.policy.fast.fused_stem.find_products", lambda: None):
@@ -96,6 +114,7 @@ LEVERS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "as it is": as_it_is,
     "in turn": in_turn,
     "adam after": adam_after,
+    "adam beside the encoder": adam_beside_encoder,
     "cuDNN's first convolution": first_by_library,
     "norms of one group": one_group,
 }

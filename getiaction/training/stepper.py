@@ -93,11 +93,11 @@ class Stepper:
         self._ready: dict[tuple[int, Kind], list[Row]] = {}  # of those, the ones that wait for others
         self._done: set[nn.Parameter] = set()
         self._beside: Beside | None = None
-        update_ahead = weakref.WeakMethod(self._update_ahead)  # a weight should not hold its optimiser
+        own = weakref.ref(self)  # a weight should not hold its optimiser
 
         def tell(weight: Tensor) -> None:
-            if (update := update_ahead()) is not None:
-                update(weight)
+            if (stepper := own()) is not None:
+                stepper._update_ahead(weight)
 
         handles = [
             weight.register_post_accumulate_grad_hook(tell)
