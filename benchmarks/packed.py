@@ -40,7 +40,7 @@ def measure(norm: str, side: int, count: int, rounds: int, cold: Tensor) -> dict
     assert packed_for(encoder.backbone, pictures) is not None, "nothing is packed on this machine"
 
     def layers() -> Tensor:
-        with patch("getiaction.policy.encoder.packed_for", lambda *_: None):
+        with patch("getiaction.policy.fast.packed.packed_for", lambda *_: None):
             return encoder(pictures)  # type: ignore[no-any-return]
 
     apart = float((encoder(pictures) - layers()).abs().max() / layers().abs().max())

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as pictures
 
 from getiaction.policy.fast.convolution import replace_convolutions
 from getiaction.policy.fast.kernels import picture_kernels_for
-from getiaction.policy.fast.packed import packed_for
+from getiaction.policy.fast.packed import encode
 from getiaction.policy.normalizer import Ranges, normalize_by
 
 
@@ -140,7 +140,7 @@ class ImageEncoder(nn.Module):
             features = kernels.run(self.backbone, images, ranges)
         else:
             images = normalize_by(ranges, images) if images.dtype == torch.uint8 else images
-            features = (packed_for(self.backbone, images) or self.backbone)(images)
+            features = encode(self.backbone, images)
         keypoints = self.pool(features)  # (B, K, 2)
         return functional.relu(self.out(keypoints.flatten(1)))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import math
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,38 +15,44 @@ from torch import Tensor
 from getiaction.machine import read_cpu
 
 LOOKED_AT = 64  # numbers of each weight
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # that are as long as a number
+BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}  # that are as long as a number
+
+
+class OtherLayerError(TypeError):
+    """A layer is not what it was made as, or its weights do not lie in order."""
 
 
 class Stamp:
-    """Notice whether some weights on the CPU changed since the last time.
+    """Notice whether some weights on the CPU changed since they were taken in.
 
     PyTorch counts changes, but not those through `weight.data` or NumPy, as some averages of weights and some loaders
     make them. So a few numbers of each weight are compared as well: who averages or loads changes all of them. What
     only `weight.data[some] = ...` changes may stay unseen: write `with torch.no_grad(): weight[some] = ...`.
 
     Args:
-        weights: numbers in any order. They may change, but must stay where they are.
+        weights: numbers in any order. They may change, but must stay where they are for as long as this is asked.
 
     Raises:
-        RuntimeError: one's numbers do not lie at equal distances.
+        OtherLayerError: one's numbers do not lie at equal distances.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        flat = [in_order(weight.detach()) for weight in weights]
-        few = [one[:: one.numel() // LOOKED_AT | 1] for one in flat]  # odd: not one column only
+        few = [one[:: stride_over(one.numel())] for one in map(in_order, [weight.detach() for weight in weights])]
+        self._held = few
         self._counted = [one for one in few if not one.is_inference()]
-        self._bits = [one.view(BITS[one.element_size()]).numpy() for one in few]  # which joins them ten times as fast
+        self._bits = [bits_of(one) for one in few if one.numel()]
+        self._now: tuple[list[int], bytes] | None = None
         self._seen: tuple[list[int], bytes] | None = None
 
-    def renew(self) -> bool:
-        """Tell whether one changed since the last call; the first says so, too."""
-        counts = [one._version for one in self._counted]
-        bits = np.concatenate(self._bits).tobytes() if self._bits else b""
-        if self._seen == (counts, bits):
-            return False
-        self._seen = counts, bits
-        return True
+    def changed(self) -> bool:
+        """Tell whether one changed since the last `keep`; before the first, all did."""
+        bits = np.concatenate(self._bits).tobytes() if self._bits else b""  # PyTorch takes ten times as long to join
+        self._now = [one._version for one in self._counted], bits
+        return self._now != self._seen
+
+    def keep(self) -> None:
+        """Remember what `changed` saw, once it is taken in: not before, or an interruption would lose it."""
+        self._seen = self._now
 
 
 class Copy:
@@ -63,15 +72,17 @@ class Copy:
 
     def refresh(self) -> None:
         """Copy the weight again if it changed since the last time."""
-        if self._stamp.renew():
+        if self._stamp.changed():
             self._own.copy_(self._source)
+            self._stamp.keep()
 
 
 class Copies:
-    """Keep the copies of a network's weights, each once."""
+    """Keep the copies of a network's weights, each once, and what else is made of them."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], Copy] = {}
+        self._made: dict[object, Any] = {}
 
     def find(self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None) -> Copy:
         """Return the copy of a weight, or make it; see `Copy`."""
@@ -80,14 +91,39 @@ class Copies:
             self._kept[key] = Copy(weight, source, dtype, width)
         return self._kept[key]
 
+    def once[Made](self, key: object, make: Callable[[], Made]) -> Made:
+        """Return what was made under a key, or make it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+
+def stride_over(count: int) -> int:
+    """Return every which number to look at: some 64 of all, but never those of one column, or row, only."""
+    stride = count // LOOKED_AT | 1
+    while math.gcd(stride, count) > 1:
+        stride += 2
+    return stride
+
+
+def bits_of(few: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """View numbers (n,) of the CPU's memory as integers, without a word to PyTorch, which would keep it from moving."""
+    size = few.element_size()
+    length = (len(few) - 1) * few.stride(0) * size + size
+    memory = (ctypes.c_char * length).from_address(few.data_ptr())
+    return np.ndarray(len(few), BITS[size], memory, strides=(few.stride(0) * size,))
+
 
 def in_order(weight: Tensor) -> Tensor:
     """View a weight as (n,), in the order of its memory; every other number where it is part of another.
 
     Raises:
-        RuntimeError: its numbers do not lie at equal distances.
+        OtherLayerError: its numbers do not lie at equal distances.
     """
-    return weight.permute(sorted(range(weight.ndim), key=weight.stride, reverse=True)).view(-1)
+    try:
+        return weight.permute(sorted(range(weight.ndim), key=weight.stride, reverse=True)).view(-1)
+    except RuntimeError as error:
+        raise OtherLayerError from error
 
 
 @cache

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.fast.copies import Copies
+from getiaction.policy.fast.copies import Copies, OtherLayerError
 from getiaction.policy.fast.native import COPY, NORM, PRODUCT, Library, Operation, describe
-from getiaction.policy.fast.unrolled import OtherLayerError, Plan, Track, UnrolledUnet, exactly
+from getiaction.policy.fast.unrolled import Plan, Track, UnrolledUnet, exactly
 from getiaction.policy.unet import ConditionalUnet1d
 
 ROWS = 1024  # B T, up to which it is faster than PyTorch for every preset that was tried: benchmarks/NOTES.md
@@ -87,10 +87,7 @@ class NativeUnet(UnrolledUnet):
                 continue
             some = weight.detach()[first:last]
             panels = some.unflatten(0, (-1, panel)) if first == 0 and whole else some[None]
-            try:
-                own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
-            except RuntimeError as error:  # its numbers lie apart
-                raise OtherLayerError from error
+            own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
             self._copies.append(own)
             lies = self._place(bias[first:last]) if bias is not None and not adds else None
             self._add(

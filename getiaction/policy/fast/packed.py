@@ -2,10 +2,10 @@
 
 PyTorch gives oneDNN a convolution's weights as they lie, and oneDNN packs them anew at each call. For the one or two
 small pictures that a robot sees, that takes as long as the convolution. Here they are packed once; batch norm, whose
-statistics stand still by then, is part of them; and addition and ReLU are part of the convolution before.
+statistics stand still by then, is part of them, and so is the addition at a block's end.
 
 The operations are those that PyTorch's own compiler calls for networks which do not change. They are not promised to
-anybody, so a network's first result is compared with what its layers say.
+anybody, so each process compares them with PyTorch's layers first.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.resnet import BasicBlock
 
 from getiaction.errors import first_line
 from getiaction.policy.fast.convolution import Conv2d, is_plain
-from getiaction.policy.fast.copies import Stamp
+from getiaction.policy.fast.copies import OtherLayerError, Stamp
 from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual, pairs_of, way_around
-from getiaction.policy.fast.watch import Held, Listeners
+from getiaction.policy.fast.watch import Held, Listeners, is_transformed
 
 log = logging.getLogger(__name__)
-SHAPES = 2  # of pictures, for which packed weights of a network are kept: those used last
-CLOSE = 1e-3  # of the largest number, how far the first result may be from that of the layers
+SIZES = 4  # of pictures, for which packed weights of a network are kept: those used last
+CLOSE = 1e-4  # how far what is packed may be from the layers
 
 
 class Convolution:
-    """Do what a convolution and its norm do, for pictures of one size.
-
-    Args:
-        layer, norm: the two; their weights may change, but must stay where they are.
-    """
+    """Do what a convolution and its norm do, for pictures of one size, with the weights that they have now."""
 
     def __init__(self, layer: nn.Conv2d, norm: nn.Module) -> None:
         self._layer, self._norm = layer, norm
@@ -47,27 +45,13 @@ class Convolution:
     def __call__(self, x: Tensor, *, rectify: bool = False, residual: Tensor | None = None) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W'), add `residual` to it, and then take ReLU of it if told to."""
         convolve, sizes = torch.ops.mkldnn._convolution_pointwise, (*self._packed_for(x), *self._window)
-        after = "relu" if rectify and self._folds else "none"
         if self._folds and residual is not None:
-            return convolve(x, residual, *sizes, "add", None, after, [], None)
-        hidden = convolve(x, *sizes, after, [], "")
-        if self._folds:
-            return hidden
-        hidden = self._norm(hidden)
-        if residual is not None:
-            hidden = hidden.add_(residual)
-        return hidden.relu_() if rectify else hidden
-
-    def reads(self) -> list[Tensor]:
-        """Return what is packed, and becomes part of it."""
-        if not isinstance(norm := self._norm, nn.BatchNorm2d):
-            return [self._layer.weight]
-        read = self._layer.weight, self._layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
-        return [one for one in read if one is not None]
-
-    def unpack(self) -> None:
-        """Pack the weights again before the next use."""
-        self._packed = None
+            hidden = convolve(x, residual, *sizes, "add", None, None, [], None)
+        else:
+            hidden = convolve(x, *sizes, "none", [], "")
+            hidden = hidden if self._folds else self._norm(hidden)
+            hidden = hidden if residual is None else hidden.add_(residual)
+        return hidden.relu_() if rectify else hidden  # oneDNN's makes 0 of what is no number
 
     def _packed_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         packed = self._packed
@@ -77,35 +61,24 @@ class Convolution:
                 mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
                 weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
             last = weight.detach().contiguous(memory_format=torch.channels_last)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(last, *self._window, x.shape), bias
+            one = (1, *x.shape[1:])  # for any number of them, so that it does not matter which comes first
+            packed = torch.ops.mkldnn._reorder_convolution_weight(last, *self._window, one), bias
             self._packed = packed
         return packed
 
 
 class PackedResnet:
-    """Do what a torchvision ResNet does, for pictures of one size.
-
-    Args:
-        backbone: its weights may change where they lie between two `look`s. It is not held.
-    """
+    """Do what a torchvision ResNet does, for pictures of one size, with the weights that it has now."""
 
     def __init__(self, backbone: nn.Sequential) -> None:
         layers: list[Any] = list(backbone)
-        self._pooling = layers[3]
-        self._every = {layer: Convolution(layer, norm) for layer, norm in all_pairs_of(backbone)}
-        self._stamp = Stamp(one for convolution in self._every.values() for one in convolution.reads())
-        self._first = self._every[layers[0]]
+        every = {layer: Convolution(layer, norm) for layer, norm in all_pairs_of(backbone)}
+        self._first, self._pooling = every[layers[0]], layers[3]
         self._blocks = [
-            ([self._every[layer] for layer, _ in pairs_of(block)], self._every[way[0]] if way else None)
+            ([every[layer] for layer, _ in pairs_of(block)], every[way[0]] if way else None)
             for block in blocks_of(backbone)
             for way in [way_around(block)]
         ]
-
-    def look(self) -> None:
-        """Take in what changed about the weights."""
-        if self._stamp.renew():
-            for convolution in self._every.values():
-                convolution.unpack()
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', h, w)."""
@@ -120,76 +93,138 @@ class PackedResnet:
 
 
 class Packed:
-    """Hold what was packed of a network as long as its weights lie where they do: for the last few shapes."""
+    """Hold what was packed of a network as long as its weights lie where they do.
+
+    Raises:
+        OtherLayerError: it has other layers than torchvision's ResNets, or weights of another type.
+    """
 
     def __init__(self, backbone: nn.Sequential) -> None:
-        self.held, self.lock = Held(backbone), threading.Lock()
-        self._listeners = Listeners(backbone)
-        self._moving = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
-        self._of: OrderedDict[torch.Size, PackedResnet | None] = OrderedDict()  # None: it is not what its layers are
+        self.held, self._listeners = Held(backbone), Listeners(backbone)
+        if not is_residual(backbone) or not all(takes(layer, norm) for layer, norm in all_pairs_of(backbone)):
+            raise OtherLayerError
+        self._pairs = all_pairs_of(backbone)
+        self._stamp, self._settings = Stamp(read_by(self._pairs)), settings_of(self._pairs)
+        self._of: OrderedDict[torch.Size, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
 
-    def find(self, backbone: nn.Sequential, pictures: Tensor) -> PackedResnet | None:
-        """Return what does the same as a network, with the weights it has now; None: its layers are to be called."""
-        if self._listeners.there() or any(norm.training for norm in self._moving):
+    def find(self, backbone: nn.Sequential, size: torch.Size) -> PackedResnet | None:
+        """Return what does the same as a network with the weights it has now; None: its layers are to be called."""
+        if self._listeners.there() or self.held.is_patched():
             return None
-        shape = pictures.shape
-        if shape not in self._of:
-            self._of[shape] = tried(backbone, pictures)
-            if len(self._of) > SHAPES:
+        if any(norm.training for _, norm in self._pairs if isinstance(norm, nn.BatchNorm2d)):
+            return None
+        if self._stamp.changed() or self._settings != settings_of(self._pairs):
+            self._of.clear()  # who uses one meanwhile goes on with what that was made of
+            self._stamp.keep()
+            self._settings = settings_of(self._pairs)
+        if size not in self._of:
+            self._of[size] = PackedResnet(backbone)
+            if len(self._of) > SIZES:
                 self._of.popitem(last=False)
-        self._of.move_to_end(shape)
-        if (packed := self._of[shape]) is not None:
-            packed.look()
-        return packed
+        self._of.move_to_end(size)
+        return self._of[size]
+
+    def give_up(self, size: torch.Size) -> None:
+        """Leave pictures of a size to the layers, for as long as the weights are these."""
+        self._of[size] = None
 
 
-KEPT: WeakKeyDictionary[nn.Sequential, Packed] = WeakKeyDictionary()
+KEPT: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 LOCK = threading.Lock()
 
 
-def packed_for(backbone: nn.Sequential, pictures: Tensor) -> PackedResnet | None:
-    """Return what does the same as a ResNet that sees pictures (B, C, H, W), in float32 on the CPU, without gradients.
+def encode(backbone: nn.Module, pictures: Tensor) -> Tensor:
+    """Call a backbone with pictures (B, C, H, W), or do what a ResNet does by packed weights: where that is faster.
 
-    It is made anew only if it must. None where its layers are to be called.
+    It is on the CPU, in float32, and without gradients. Weights are packed again when they changed (see `Stamp`).
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (packed := packed_for(backbone, pictures)) is not None:
+        try:
+            return packed(pictures)
+        except RuntimeError as error:  # oneDNN cannot do this size, or there is no memory for it
+            log.debug("pictures of %s are left to the layers: %s", tuple(pictures.shape), first_line(error))
+            if (kept := KEPT.get(backbone)) is not None:
+                kept.give_up(pictures.shape[1:])
+    return cast(Tensor, backbone(pictures))
+
+
+def packed_for(backbone: nn.Module, pictures: Tensor) -> PackedResnet | None:
+    """Return what does the same as a ResNet that sees such pictures, or None where its layers are to be called."""
+    if pictures.device.type != "cpu":
+        KEPT.pop(backbone, None)  # what was made before it moved
         return None
-    if pictures.device.type != "cpu" or pictures.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_transformed():
         return None
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or not len(pictures):
+    if type(backbone) is not nn.Sequential or type(pictures) is not Tensor or pictures.dtype != torch.float32:
+        return None
+    if pictures.ndim != 4 or not len(pictures) or not torch.backends.mkldnn.enabled or not works():
         return None
     with LOCK:
         kept = KEPT.get(backbone)
         if kept is None or not kept.held.unchanged():
-            KEPT[backbone] = kept = Packed(backbone)
-    with kept.lock:
-        return kept.find(backbone, pictures)
-
-
-def tried(backbone: nn.Sequential, pictures: Tensor) -> PackedResnet | None:
-    """Pack a network's weights, and compare what comes of such pictures, drawn, with what its layers make of them."""
-    if not is_residual(backbone) or not all(takes(layer, norm) for layer, norm in all_pairs_of(backbone)):
-        return None
-    drawn = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0), dtype=pictures.dtype)
-    try:
-        packed = PackedResnet(backbone)
-        packed.look()
-        found, wanted = packed(drawn), backbone(drawn)
-        if torch.allclose(found, wanted, rtol=0.0, atol=CLOSE * float(wanted.abs().max())):
-            return packed
-        raise ArithmeticError("it computes something else")
-    except (RuntimeError, TypeError, AttributeError, ArithmeticError) as error:  # another PyTorch, another oneDNN
-        reason = first_line(error)
-        log.warning("pictures are encoded by PyTorch's slower layers: oneDNN's packed weights fail here: %s", reason)
-        return None
+            try:
+                KEPT[backbone] = kept = Packed(backbone)
+            except OtherLayerError:
+                return None
+        return kept.find(backbone, pictures.shape[1:])
 
 
 def takes(layer: nn.Module, norm: nn.Module) -> bool:
     """Tell whether `Convolution` can do what a layer and its norm do."""
     if not isinstance(layer, nn.Conv2d) or type(layer) not in (Conv2d, nn.Conv2d) or not is_plain(layer):
         return False
-    if layer.weight.dtype != torch.float32:
+    if list(layer._parameters) != ["weight", "bias"] or layer.weight.dtype != torch.float32:  # pruned ones have others
         return False
     if type(norm) is nn.BatchNorm2d:
         return norm.running_mean is not None  # else it is the batch's own
     return type(norm) is nn.GroupNorm
+
+
+def read_by(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
+    """Return all that is packed, or becomes part of it."""
+    read = [weight for layer, _ in pairs for weight in (layer.weight, layer.bias)]
+    norms = [norm for _, norm in pairs if isinstance(norm, nn.BatchNorm2d)]
+    read += [one for norm in norms for one in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    return [one for one in read if one is not None]
+
+
+def settings_of(pairs: list[tuple[Any, Any]]) -> list[object]:
+    """Return what else decides what is computed."""
+    return [(layer.stride, layer.padding, layer.dilation, norm.eps) for layer, norm in pairs]
+
+
+@cache
+def works() -> bool:
+    """Compare packed weights with PyTorch's layers: once in each process."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        with torch.no_grad():
+            for norm in (nn.BatchNorm2d, lambda channels: nn.GroupNorm(2, channels)):
+                compare(norm)
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError) as error:  # another PyTorch, another oneDNN
+        log.warning(
+            "pictures are encoded by PyTorch's slower layers: packed weights cannot be used: %s", first_line(error)
+        )
+        return False
+    return True
+
+
+def compare(norm: Any) -> None:
+    """Compare a small network with such norms.
+
+    Raises:
+        ArithmeticError: it is not the same to rounding.
+    """
+    with torch.device("meta"):  # which draws no weights
+        way = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), norm(32))
+        blocks = nn.Sequential(BasicBlock(16, 16, norm_layer=norm), BasicBlock(16, 32, 2, way, norm_layer=norm))
+        first = nn.Conv2d(3, 16, 7, 2, 3, bias=False), norm(16)
+        network = nn.Sequential(*first, nn.ReLU(), nn.MaxPool2d(3, 2, 1), blocks).eval().to_empty(device="cpu")
+    for weight in network.state_dict().values():
+        wave = torch.arange(weight.numel(), device="cpu").sin().view(weight.shape)
+        weight.copy_(0.1 * wave if weight.ndim > 1 else 1 + 0.3 * wave)
+    pictures = torch.arange(2 * 3 * 21 * 18, device="cpu").sin().view(2, 3, 21, 18)
+    wanted, found = network(pictures), PackedResnet(network)(pictures)
+    if not torch.allclose(found, wanted, rtol=CLOSE, atol=CLOSE):
+        raise ArithmeticError("they compute something else")

@@ -20,7 +20,8 @@ def is_residual(backbone: nn.Sequential) -> bool:
     blocks = [block for stage in layers[4:] for block in stage]
     if any(type(block) not in (BasicBlock, Bottleneck) or type(block.relu) is not nn.ReLU for block in blocks):
         return False
-    return all(len(block.downsample) == 2 for block in blocks if block.downsample is not None)
+    ways = [block.downsample for block in blocks if block.downsample is not None]
+    return all(type(way) is nn.Sequential and len(way) == 2 for way in ways)
 
 
 def blocks_of(backbone: nn.Sequential) -> list[Block]:

@@ -9,11 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.fast.copies import Copies
+from getiaction.policy.fast.copies import Copies, OtherLayerError
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_unet import ROWS, NativeUnet
-from getiaction.policy.fast.unrolled import OtherLayerError, Plan, UnrolledUnet, multiplied_in
-from getiaction.policy.fast.watch import Held
+from getiaction.policy.fast.unrolled import Plan, UnrolledUnet, multiplied_in
+from getiaction.policy.fast.watch import Held, is_transformed
 from getiaction.policy.unet import ConditionalUnet1d
 
 PLANS = 4  # kept of a U-Net, the ones used last
@@ -67,12 +67,14 @@ def unroll(unet: nn.Module, timesteps: Tensor, cond: Tensor, horizon: int) -> Un
     if cond.device.type != "cpu":
         KEPT.of.pop(unet, None)  # what was made before it moved
         return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(unet) is not ConditionalUnet1d:
+    if torch.is_grad_enabled() or is_transformed() or type(unet) is not ConditionalUnet1d:
         return None
     plan = Plan(len(cond), horizon, len(timesteps), multiplied_in(unet), torch.get_num_threads())
     kept = KEPT.of.get(unet)
     if kept is None or not kept.held.unchanged():
         KEPT.of[unet] = kept = Unrolled(unet)
+    if kept.held.is_patched():
+        return None
     try:
         unrolled = kept.find(unet, plan)
     except OtherLayerError:

@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from getiaction.policy.fast.activation import mish_
 from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.fast.copies import Copies, Copy, Stamp, read_faster_in_columns
+from getiaction.policy.fast.copies import Copies, Copy, OtherLayerError, Stamp, read_faster_in_columns
 from getiaction.policy.fast.modulation import Modulation
 from getiaction.policy.unet import ConditionalUnet1d, ConvBlock, ResidualBlock, levels
 
 LARGE = 2**16  # weights that are worth a second thread
 FEW = 32  # rows of a product that the library does in one thread
-
-
-class OtherLayerError(TypeError):
-    """A layer is not what it was made as, or its weights do not lie in order."""
 
 
 def exactly[Layer: nn.Module](layer: nn.Module, kind: type[Layer]) -> Layer:
@@ -91,13 +87,9 @@ class UnrolledUnet:
         self._calls: list[Callable[[], object]] = []
         blocks = [exactly(block, ResidualBlock) for block in unet.blocks()]
         layers = [exactly(block.cond_encoder[1], nn.Linear) for block in blocks]
-        if len({(layer.in_features, layer.weight.dtype) for layer in layers}) > 1:
-            raise OtherLayerError
-        try:
-            self._modulation = Modulation(unet, layers, plan.num_steps, plan.batch_size, plan.dtype)
-        except RuntimeError as error:  # their numbers lie apart
-            raise OtherLayerError from error
-        self._films = iter(self._modulation.films)
+        modulation = copies.once(("modulation", plan.dtype), lambda: Modulation(unet, layers, plan.dtype))
+        self._modulation, self._values = modulation, self._new(plan.num_steps, plan.batch_size, sum(modulation.sizes))
+        self._films = iter(self._values.split(modulation.sizes, dim=2))  # (S, B, C' or 2C') for each block
         self._margin = max(unet.kernel_size // 2, 1)
         self._input = x = self._track(plan.horizon, unet.action_dim)
         skips = []
@@ -119,10 +111,11 @@ class UnrolledUnet:
     @torch.inference_mode()
     def look(self, timesteps: Tensor, cond: Tensor) -> None:
         """Take in the steps to denoise at, (S,), new observations, (B, cond_dim) encoded, and what weights are now."""
-        self._modulation.look(timesteps, cond)
-        if self._stamp.renew():
+        self._modulation(timesteps, cond, self._values)
+        if self._stamp.changed():
             for copy in self._copies:
                 copy.refresh()
+            self._stamp.keep()
 
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from operator import is_
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
 GLOBAL_HOOKS = (
@@ -19,43 +21,55 @@ GLOBAL_HOOKS = (
 
 
 class Held:
-    """Remember which layers a module has, and where their weights lie; it holds none of them itself."""
+    """Remember which layers a module has, and where and how their weights lie; it holds none of them itself."""
 
     def __init__(self, module: nn.Module) -> None:
         layers = list(module.modules())
-        values = parts_of(layers)
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._values = [_nobody if value is None else weakref.ref(value) for value in values]
-        self._places = places_of(values)
+        self._children = [_nobody if child is None else weakref.ref(child) for child in children_of(layers)]
+        self._places = places_of(layers)
 
     def unchanged(self) -> bool:
-        """Tell whether all layers are what they were, and their weights lie where they did."""
+        """Tell whether all layers are what they were, and their weights lie as they did; names do not matter."""
         layers = [layer() for layer in self._layers]
         if None in layers:
             return False
-        values = parts_of(layers)
-        if len(values) != len(self._values) or not all(map(is_, values, [value() for value in self._values])):
+        children = children_of(layers)
+        if len(children) != len(self._children) or not all(map(is_, children, [one() for one in self._children])):
             return False
-        return places_of(values) == self._places
+        return places_of(layers) == self._places
+
+    def is_patched(self) -> bool:
+        """Tell whether somebody put a function of his own in the place of a layer's `forward`."""
+        return any("forward" in vars(layer()) for layer in self._layers)
 
 
-def parts_of(layers: Iterable[nn.Module | None]) -> list[nn.Module | Tensor | None]:
-    """Return the children, weights and buffers of each layer, in order; None is one, too."""
-    found: list[nn.Module | Tensor | None] = []
+def children_of(layers: Iterable[nn.Module | None]) -> list[nn.Module | None]:
+    """Return the children of each layer, in order; None is one, too."""
+    found: list[nn.Module | None] = []
     for layer in cast(Iterable[nn.Module], layers):
         found += layer._modules.values()
-        found += layer._parameters.values()
-        found += layer._buffers.values()
     return found
 
 
-def places_of(values: Iterable[nn.Module | Tensor | None]) -> list[int]:
-    """Return where the weights and buffers among some values lie."""
-    return [value.data_ptr() for value in values if isinstance(value, Tensor)]
+def places_of(layers: Iterable[nn.Module | None]) -> list[object]:
+    """Return which weights and buffers each layer has, and how they lie in memory."""
+    found: list[Tensor | None] = []
+    for layer in cast(Iterable[nn.Module], layers):
+        found += layer._parameters.values()
+        found += layer._buffers.values()
+    return [None if one is None else (id(one), one.data_ptr(), one.shape, one.stride()) for one in found]
 
 
 def _nobody() -> None:
     return None
+
+
+def is_transformed() -> bool:
+    """Tell whether calls are compiled, traced, vectorised, differentiated forwards, or seen by somebody else's mode."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Listeners:

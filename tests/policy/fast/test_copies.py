@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.fast.copies import Copy
+from getiaction.policy.fast.copies import LOOKED_AT, Copy, stride_over
 
 SHAPES = [(64, 320), (3, 5), (1, 1), (128, 4096)]
 
@@ -72,3 +72,38 @@ def test_transposed_weights_may_be_copied_too() -> None:
     copy.refresh()
     assert copy.copy.is_contiguous()
     assert torch.equal(copy.copy, weight)
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 7, 7), (64, 641), (512, 512, 3, 3), (1, 5), (7,), (1024, 1)])
+def test_numbers_of_all_rows_and_columns_are_looked_at(shape: tuple[int, ...]) -> None:
+    size = torch.Size(shape).numel()
+    seen = torch.arange(size)[:: stride_over(size)]
+    assert min(size, LOOKED_AT) <= 2 * len(seen)
+    assert len(seen) <= 2 * LOOKED_AT + 1
+    for length in [torch.Size(shape[dim:]).numel() for dim in range(len(shape))]:  # of a row, a plane, ...
+        if length > 1:
+            assert len(set((seen % length).tolist())) > min(length, len(seen)) // 2
+
+
+def test_an_interrupted_copy_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 320)
+    copy = make(weight)
+    copy.refresh()
+    weight.mul_(2)
+    with monkeypatch.context() as patched:
+        patched.setattr(copy, "_own", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            copy.refresh()
+    copy.refresh()
+    assert torch.equal(copy.copy, weight.t().bfloat16())
+
+
+class Interrupted:
+    def copy_(self, _: Tensor) -> None:
+        raise KeyboardInterrupt
+
+
+def test_memory_that_is_looked_at_can_be_let_go() -> None:
+    weight = torch.randn(64, 320)
+    make(weight).refresh()
+    weight.untyped_storage().resize_(0)  # NumPy's views would forbid that

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 
 from getiaction.policy.encoder import ImageEncoder
 from getiaction.policy.fast import packed
-from getiaction.policy.fast.packed import KEPT, PackedResnet, packed_for
+from getiaction.policy.fast.packed import KEPT, PackedResnet, encode, packed_for
 
 SHAPES = [("resnet18", (1, 64, 64)), ("resnet18", (3, 65, 47)), ("resnet50", (2, 33, 64))]  # B, H, W
 
@@ -74,9 +77,9 @@ def test_an_encoder_that_acts_uses_it(norm: str, monkeypatch: pytest.MonkeyPatch
     pictures = drawn(2)
     learning = encoder(pictures)  # with gradients
     assert not calls
+    assert packed.works()
+    calls.clear()  # those of the trial
     with torch.no_grad():
-        encoder(pictures)
-        calls.clear()  # those of the trial
         acting = encoder(pictures)
     assert len(calls) == 1
     assert_equal(acting, learning.detach())
@@ -120,6 +123,25 @@ CHANGES: dict[str, Callable[[nn.Sequential], None]] = {
 }
 
 
+def set_eps(backbone: nn.Sequential) -> None:
+    backbone[5][0].bn1.eps = 0.5
+
+
+def turn(backbone: nn.Sequential) -> None:
+    """Let weights lie otherwise, where they are."""
+    weight = backbone[4][0].conv1.weight
+    weight.data = weight.data.transpose(2, 3)
+
+
+def scale_some(backbone: nn.Sequential) -> None:
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data[:, layer.in_channels // 2 :].mul_(3)
+
+
+CHANGES |= {change.__name__: change for change in (set_eps, turn, scale_some)}
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
@@ -133,22 +155,49 @@ def test_it_follows_the_weights(change: str, norm: str) -> None:
     check(backbone, pictures)
 
 
-@torch.no_grad()
-def test_what_does_not_change_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    packings: list[Tensor] = []
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list of what is packed from now on."""
+    found: list[Tensor] = []
     pack = torch.ops.mkldnn._reorder_convolution_weight
-    monkeypatch.setattr(
-        torch.ops.mkldnn,
-        "_reorder_convolution_weight",
-        lambda weight, *sizes: packings.append(weight) or pack(weight, *sizes),
-    )
+
+    def listen(weight: Tensor, *sizes: Any) -> Tensor:
+        found.append(weight)
+        return pack(weight, *sizes)
+
+    assert packed.works()
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", listen)
+    return found
+
+
+@torch.no_grad()
+def test_what_does_not_change_is_packed_once(packings: list[Tensor]) -> None:
     backbone = make("batch")
-    for _ in range(3):
-        check(backbone, drawn())
+    for batch_size in (1, 3, 2, 1):
+        check(backbone, drawn(batch_size))
     assert len(packings) == 20  # a ResNet-18's convolutions
     backbone[7][1].bn2.running_var.mul_(2)
     check(backbone, drawn())
     assert len(packings) == 40
+
+
+@torch.no_grad()
+def test_who_is_at_it_while_weights_change_leaves_nothing_old_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, pictures = make("batch"), drawn()
+    pack, changes = torch.ops.mkldnn._reorder_convolution_weight, [True]
+
+    def pack_slowly(weight: Tensor, *sizes: Any) -> Tensor:
+        if changes:  # another thread comes by, changes weights and acts
+            changes.clear()
+            average(backbone)
+            check(backbone, pictures)
+        return pack(weight, *sizes)
+
+    assert packed.works()
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", pack_slowly)
+    encode(backbone, pictures)
+    assert not changes
+    check(backbone, pictures)
 
 
 def watch(backbone: nn.Sequential) -> None:
@@ -171,13 +220,37 @@ def forget(backbone: nn.Sequential) -> None:
     backbone[4][0].bn1 = nn.BatchNorm2d(64, track_running_stats=False).eval()
 
 
+def go_straight(backbone: nn.Sequential) -> None:
+    backbone[4][0].downsample = nn.Identity()
+
+
+def patch(backbone: nn.Sequential) -> None:
+    backbone[4][0].forward = lambda x: 2 * x
+
+
+def thin_out(backbone: nn.Sequential) -> None:
+    prune.l1_unstructured(backbone[4][0].conv1, "weight", 0.5)
+
+
 def own_norm(backbone: nn.Sequential) -> None:
     backbone[4][0].bn1 = nn.InstanceNorm2d(64)
 
 
 @pytest.mark.parametrize(
     "odd",
-    [watch, train_one, widen, activate, forget, own_norm, nn.Module.double, nn.Module.train],
+    [
+        go_straight,
+        patch,
+        thin_out,
+        watch,
+        train_one,
+        widen,
+        activate,
+        forget,
+        own_norm,
+        nn.Module.double,
+        nn.Module.train,
+    ],
     ids=lambda odd: odd.__name__,
 )
 @torch.no_grad()
@@ -185,6 +258,14 @@ def test_other_networks_are_left_to_their_layers(odd: Callable[[nn.Module], Any]
     backbone = make("batch")
     odd(backbone)
     assert packed_for(backbone, drawn().to(backbone[0].weight.dtype)) is None
+
+
+@torch.no_grad()
+def test_networks_that_are_no_list_of_layers_are_called() -> None:
+    backbone, pictures = make("batch"), drawn()
+    wanted = backbone(pictures)
+    for whole in (torch.jit.trace(backbone, pictures), nn.DataParallel(backbone)):
+        assert_equal(encode(whole, pictures), wanted)
 
 
 def test_other_calls_are_left_to_the_layers() -> None:
@@ -211,12 +292,60 @@ def test_a_library_that_does_otherwise_is_not_used(
         return pack(weight * 1.01, *sizes) if fault == "other sums" else pack(weight, "same", *sizes)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", otherwise)
-    monkeypatch.setattr(packed.log, "disabled", False)
+    packed.works.cache_clear()
     backbone, pictures = make("batch"), drawn()
     with caplog.at_level(logging.WARNING):
         assert packed_for(backbone, pictures) is None
         assert packed_for(backbone, pictures) is None
+    packed.works.cache_clear()
     assert len(caplog.records) == 1
+
+
+@torch.no_grad()
+def test_what_the_library_refuses_is_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, pictures = make("batch"), drawn()
+    assert packed.works()
+
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("could not create a memory")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", refuse)
+    for _ in range(2):
+        assert torch.equal(encode(backbone, pictures), backbone(pictures))
+        assert packed_for(backbone, pictures) is None
+    small = drawn(1, 32, 32)  # one place is left in the end
+    assert_equal(encode(make("batch"), small), make("batch")(small))
+
+
+@torch.no_grad()
+def test_weights_may_be_no_numbers_and_then_some() -> None:
+    backbone, pictures = make("batch"), drawn()
+    good = {name: weight.clone() for name, weight in backbone.state_dict().items()}
+    backbone[0].weight.fill_(float("nan"))
+    assert encode(backbone, pictures).isnan().all()
+    backbone.load_state_dict(good)
+    check(backbone, pictures)
+
+
+@torch.no_grad()
+def test_pytorch_may_do_with_weights_what_it_did() -> None:
+    backbone = make("batch")
+    check(backbone, drawn())
+    weight, other = backbone[0].weight, nn.Parameter(torch.randn(64, 3, 7, 7))
+    torch.utils.swap_tensors(weight, other)
+    check(backbone, drawn())
+    backbone[0].weight.untyped_storage().resize_(0)  # as who shards weights does
+
+
+@torch.no_grad()
+def test_transformed_calls_are_left_to_the_layers() -> None:
+    backbone, pictures = make("group"), drawn(2)
+    wanted = backbone(pictures)
+    assert_equal(torch.vmap(lambda one: encode(backbone, one[None])[0])(pictures), wanted)
+    assert_equal(make_fx(lambda x: encode(backbone, x))(pictures)(pictures), wanted)
+    with forward_ad.dual_level():
+        made = encode(backbone, forward_ad.make_dual(pictures, torch.ones_like(pictures)))
+        assert forward_ad.unpack_dual(made).tangent is not None
 
 
 @torch.no_grad()
@@ -224,12 +353,12 @@ def test_threads_share_it() -> None:
     backbone, pictures = make("batch"), drawn()
     wanted, found = backbone(pictures), list[Tensor]()
 
-    def encode() -> None:
+    def work() -> None:
         with torch.no_grad():
             for _ in range(5):
-                found.append((packed_for(backbone, pictures) or backbone)(pictures))
+                found.append(encode(backbone, pictures))
 
-    threads = [threading.Thread(target=encode) for _ in range(3)]
+    threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

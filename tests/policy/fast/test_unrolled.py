@@ -216,6 +216,49 @@ def test_networks_with_other_layers_are_left_alone() -> None:
         assert unroll(unet, TIMESTEPS, cond, 8) is None
 
 
+def test_weights_that_were_half_taken_in_are_taken_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = make(down_dims=(16, 32))
+    inputs = torch.randn(1, 8, 3).double(), torch.randn(1, 5).double()
+    denoise(unet, *inputs)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.9)
+
+    def interrupt(*_: Any, **__: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "cat", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            denoise(unet, *inputs)
+    torch.testing.assert_close(*denoise(unet, *inputs))
+
+
+def test_other_layers_of_film_are_called() -> None:
+    cond = torch.randn(1, 5).double()
+    unet = make(down_dims=(16, 32))
+    unet.mid_modules[0].cond_encoder[1].bias = None
+    with torch.no_grad():
+        assert unroll(unet, TIMESTEPS, cond, 8) is None
+    unet = make(down_dims=(16, 32))
+    step_encoder, forward = unet.diffusion_step_encoder, unet.diffusion_step_encoder.forward
+    with torch.no_grad():
+        assert unroll(unet, TIMESTEPS, cond, 8) is not None
+        step_encoder.forward = lambda x: 2 * forward(x)  # as some tools do
+        assert unroll(unet, TIMESTEPS, cond, 8) is None
+        del step_encoder.forward
+        assert unroll(unet, TIMESTEPS, cond, 8) is not None
+
+
+def test_other_steps_are_other_steps() -> None:
+    unet, actions, cond = make(down_dims=(16, 32)), torch.randn(1, 8, 3).double(), torch.randn(1, 5).double()
+    for timesteps in (torch.tensor([5, 3]), torch.tensor([90, 3]), torch.tensor([90.0, 3.0])):
+        with torch.no_grad():
+            unrolled = unroll(unet, timesteps, cond, 8)
+            plain = unet(actions, timesteps[:1], cond)
+        torch.testing.assert_close(unrolled(actions, 0), plain)
+
+
 def test_acting_on_the_cpu_takes_it_and_training_does_not(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, calls = make_policy(), []
     plain = UnrolledUnet.__call__
