@@ -27,7 +27,7 @@ from getiaction.training.metrics import read_metrics
 TWO = ("hardware.num_processes=2", "hardware.num_threads=1", "training.batch_size=4", "training.max_steps=6")
 LAUNCHERS = {
     "torchrun": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-    "accelerate": (str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"),
+    "accelerate": (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2"),
 }
 
 

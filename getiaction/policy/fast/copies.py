@@ -38,7 +38,7 @@ class Stamp:
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         few = [one[:: stride_over(one.numel())] for one in map(in_order, [weight.detach() for weight in weights])]
-        self._held = few
+        self._few = few  # whose memory `_bits` views
         self._counted = [one for one in few if not one.is_inference()]
         self._bits = [bits_of(one) for one in few if one.numel()]
         self._now: tuple[list[int], bytes] | None = None
