@@ -29,12 +29,12 @@ from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual
 from getiaction.policy.fast.watch import Held, Listeners, is_transformed
 
 log = logging.getLogger(__name__)
-SIZES = 4  # of pictures, for which packed weights of a network are kept: those used last
+SHAPES = 3  # (B, C, H, W), for which packed weights of a network are kept: those used last
 CLOSE = 1e-4  # how far what is packed may be from the layers
 
 
 class Convolution:
-    """Do what a convolution and its norm do, for pictures of one size, with the weights that they have now."""
+    """Do what a convolution and its norm do, for pictures of one shape, with the weights that they have now."""
 
     def __init__(self, layer: nn.Conv2d, norm: nn.Module) -> None:
         self._layer, self._norm = layer, norm
@@ -61,14 +61,13 @@ class Convolution:
                 mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
                 weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
             last = weight.detach().contiguous(memory_format=torch.channels_last)
-            one = (1, *x.shape[1:])  # for any number of them, so that it does not matter which comes first
-            packed = torch.ops.mkldnn._reorder_convolution_weight(last, *self._window, one), bias
+            packed = torch.ops.mkldnn._reorder_convolution_weight(last, *self._window, x.shape), bias
             self._packed = packed
         return packed
 
 
 class PackedResnet:
-    """Do what a torchvision ResNet does, for pictures of one size, with the weights that it has now."""
+    """Do what a torchvision ResNet does, for pictures of one shape, with the weights that it has now."""
 
     def __init__(self, backbone: nn.Sequential) -> None:
         layers: list[Any] = list(backbone)
@@ -107,7 +106,7 @@ class Packed:
         self._stamp, self._settings = Stamp(read_by(self._pairs)), settings_of(self._pairs)
         self._of: OrderedDict[torch.Size, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
 
-    def find(self, backbone: nn.Sequential, size: torch.Size) -> PackedResnet | None:
+    def find(self, backbone: nn.Sequential, shape: torch.Size) -> PackedResnet | None:
         """Return what does the same as a network with the weights it has now; None: its layers are to be called."""
         if self._listeners.there() or self.held.is_patched():
             return None
@@ -117,16 +116,16 @@ class Packed:
             self._of.clear()  # who uses one meanwhile goes on with what that was made of
             self._stamp.keep()
             self._settings = settings_of(self._pairs)
-        if size not in self._of:
-            self._of[size] = PackedResnet(backbone)
-            if len(self._of) > SIZES:
+        if shape not in self._of:
+            self._of[shape] = PackedResnet(backbone)
+            if len(self._of) > SHAPES:
                 self._of.popitem(last=False)
-        self._of.move_to_end(size)
-        return self._of[size]
+        self._of.move_to_end(shape)
+        return self._of[shape]
 
-    def give_up(self, size: torch.Size) -> None:
-        """Leave pictures of a size to the layers, for as long as the weights are these."""
-        self._of[size] = None
+    def give_up(self, shape: torch.Size) -> None:
+        """Leave pictures of a shape to the layers, for as long as the weights are these."""
+        self._of[shape] = None
 
 
 KEPT: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
@@ -141,10 +140,10 @@ def encode(backbone: nn.Module, pictures: Tensor) -> Tensor:
     if (packed := packed_for(backbone, pictures)) is not None:
         try:
             return packed(pictures)
-        except RuntimeError as error:  # oneDNN cannot do this size, or there is no memory for it
+        except RuntimeError as error:  # oneDNN cannot do this shape, or there is no memory for it
             log.debug("pictures of %s are left to the layers: %s", tuple(pictures.shape), first_line(error))
             if (kept := KEPT.get(backbone)) is not None:
-                kept.give_up(pictures.shape[1:])
+                kept.give_up(pictures.shape)
     return cast(Tensor, backbone(pictures))
 
 
@@ -166,7 +165,7 @@ def packed_for(backbone: nn.Module, pictures: Tensor) -> PackedResnet | None:
                 KEPT[backbone] = kept = Packed(backbone)
             except OtherLayerError:
                 return None
-        return kept.find(backbone, pictures.shape[1:])
+        return kept.find(backbone, pictures.shape)
 
 
 def takes(layer: nn.Module, norm: nn.Module) -> bool:
