@@ -107,3 +107,4 @@ def test_memory_that_is_looked_at_can_be_let_go() -> None:
     weight = torch.randn(64, 320)
     make(weight).refresh()
     weight.untyped_storage().resize_(0)  # NumPy's views would forbid that
+    assert weight.untyped_storage().nbytes() == 0

@@ -345,7 +345,9 @@ def test_pytorch_may_do_with_weights_what_it_did() -> None:
     weight, other = backbone[0].weight, nn.Parameter(torch.randn(64, 3, 7, 7))
     torch.utils.swap_tensors(weight, other)
     check(backbone, drawn())
-    backbone[0].weight.untyped_storage().resize_(0)  # as who shards weights does
+    storage = backbone[0].weight.untyped_storage()
+    storage.resize_(0)  # as who shards weights does
+    assert storage.nbytes() == 0
 
 
 @torch.no_grad()
