@@ -1,4 +1,4 @@
-"""Let Triton's interpreter, TRITON_INTERPRET=1, run the kernels in a third of its time."""
+"""Let Triton's interpreter, TRITON_INTERPRET=1, run the kernels in half of its time."""
 
 from __future__ import annotations
 
