@@ -1,15 +1,18 @@
-"""Measure where a convolution by taps is faster than PyTorch's on this CPU: `python -m benchmarks.taps`.
+"""Measure where this CPU learns faster by taps, and in C, than by PyTorch's layers: `python -m benchmarks.taps`.
 
 Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
-convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then whole steps without their data,
-with `hardware.convolutions=library` and `taps`, turn by turn in one process. `hardware.convolutions=auto` should take
-them on a CPU where this says so: `learns_by_taps` (getiaction/config/placement.py) and the bounds in
-getiaction/policy/fast/convolution.py.
+convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then residual blocks of the U-Net, by
+layers, taps among them, and in C (native_blocks.py). Then whole steps without their data, with
+`hardware.convolutions=library`, and `taps` without C and with it, turn by turn in one process.
+`hardware.convolutions=auto` should take them on a CPU where this says so: `learns_by_taps`
+(getiaction/config/placement.py) and the bounds in getiaction/policy/fast/convolution.py and native_blocks.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import tempfile
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,7 +31,11 @@ from benchmarks.compute import our_step
 from benchmarks.train import QUIET
 from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
+from getiaction.policy.fast import native_blocks
+from getiaction.policy.fast.convolution import use_taps
+from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.taps import convolve_by_taps
+from getiaction.policy.unet import ResidualBlock
 from getiaction.training.heap import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +49,20 @@ LAYERS = [  # channels, channels that come out, kernel (h, w), stride, sides (h,
     *[(256, 256, (1, 5), 1, (1, moments)) for moments in (4, 8, 16)],
     (128, 128, (1, 5), 1, (1, 8)),
 ]
-STEPS = {"pusht_cpu": 16, "pusht_fast": 128, "pusht_keypoints": 128, "pusht_basic": 64}  # preset: batch size
+BLOCKS = [  # channels, channels that come out, moments
+    (2, 32, 16), (32, 32, 16), (32, 64, 8), (64, 64, 8), (128, 128, 4), (256, 64, 4), (128, 256, 4), (256, 256, 4),
+    (256, 256, 8), (512, 128, 8), (256, 512, 4), (512, 512, 4),
+]  # fmt: skip
+STEPS = {  # preset: batch size
+    "pusht_laptop": 96,
+    "pusht_keypoints": 128,
+    "pusht_pictures": 48,
+    "pusht_cpu": 16,
+    "pusht_fast": 128,
+    "pusht_basic": 64,
+}
+BOXED = "pusht_laptop", "pusht_keypoints"  # which see keypoints
+WAYS = "library", "taps without C", "taps"
 Passes = Callable[[], None]
 
 
@@ -88,44 +109,79 @@ def measure_layer(layer: tuple[Any, ...], batch: int, rounds: int, cold: Tensor)
     return {"layer": shape, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
 
 
+def measure_block(shape: tuple[int, int, int], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
+    """Return milliseconds of a residual block of the U-Net, forward and backward, by layers and in C."""
+    channels, out, moments = shape
+    by_layers = ResidualBlock(channels, out, cond_dim=8, kernel_size=5, n_groups=8, film_scale=True)
+    use_taps(by_layers)
+    in_c = copy.deepcopy(by_layers)
+    assert use_native(in_c), "there is no C compiler"
+    x = torch.randn(batch, channels, 1, moments).contiguous(memory_format=torch.channels_last).requires_grad_()
+    film, weights = torch.randn(batch, 2 * out, requires_grad=True), torch.randn(batch, out, 1, moments)
+
+    def by(block: ResidualBlock) -> Passes:
+        numbers = [weight for name, weight in block.named_parameters() if "cond_encoder" not in name]
+
+        def call() -> None:
+            torch.autograd.grad(block.modulate(x, film), [x, film, *numbers], weights)
+
+        return call
+
+    with patch.multiple(native_blocks, WIDEST=1024, LARGEST=2**20):
+        found = median_ms({"layers": by(by_layers), "C": by(in_c)}, rounds, cold=cold)
+    shapes = f"{channels} -> {out}, {moments} moments"
+    return {"block": shapes, "batch": batch, "ms": found, "ratio": round(found["layers"] / found["C"], 2)}
+
+
 def measure_step(preset: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Return milliseconds of a whole step without its data, with both."""
-    data = ["dataset=pusht_demo_keypoints" if preset == "pusht_keypoints" else "dataset=pusht_demo"]
+    """Return milliseconds of a whole step without its data, each way."""
+    data = ["dataset=pusht_demo_keypoints" if preset in BOXED else "dataset=pusht_demo"]
     data += ["dataset.episodes=[0,1,2,3]", f"training.batch_size={batch}", *QUIET, "evaluation.final_episodes=null"]
     data += ["hardware.device=cpu", "hardware.mixed_precision=no"]
     with tempfile.TemporaryDirectory() as place:
-        steps: dict[str, Any] = {
-            name: our_step(compose([f"+preset={preset}", *data, f"hardware.convolutions={name}"]), Path(place) / name)
-            for name in ("library", "taps")
-        }
+        steps: dict[str, Any] = {}
+        for way in WAYS:
+            overrides = [f"+preset={preset}", *data, f"hardware.convolutions={way.split()[0]}"]
+            without = patch("getiaction.config.placement.use_native", lambda _: False)
+            with without if way == "taps without C" else contextlib.nullcontext():
+                steps[way] = our_step(compose(overrides), Path(place) / way)
         found = median_ms(steps, rounds)
-    return {"preset": preset, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
+    ratios = {way: round(found["library"] / found[way], 2) for way in WAYS[1:]}
+    return {"preset": preset, "batch": batch, "ms": found, "ratios": ratios}
 
 
 def main() -> None:
     """Measure, print the tables and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", nargs="*", type=int, default=[16, 64, 128], help="of the layers")
+    parser.add_argument("--batches", nargs="*", type=int, default=[16, 64, 128], help="of layers and blocks")
     parser.add_argument("--presets", nargs="*", default=list(STEPS), choices=STEPS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/taps-<date>.json")
     arguments = parser.parse_args()
     keep_freed_memory()  # as in a run
-    cold, layers, steps = torch.zeros(2**25), [], []
+    cold, layers, blocks, steps = torch.zeros(2**25), [], [], []
     print("| layer | batch | library, ms | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
     for layer in LAYERS:
         for batch in arguments.batches:
             layers.append(found := measure_layer(layer, batch, arguments.rounds, cold))
             ms = found["ms"]
             print(f"| {found['layer']} | {batch} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
-    print("\n| preset | batch | library, ms a step | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    print("\n| block | batch | by layers, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for shape in BLOCKS:
+        for batch in arguments.batches:
+            blocks.append(found := measure_block(shape, batch, arguments.rounds, cold))
+            ms = found["ms"]
+            print(f"| {found['block']} | {batch} | {ms['layers']} | {ms['C']} | **{found['ratio']}** |", flush=True)
+    print("\n| preset | batch | library, ms a step | taps without C, ms | ratio | taps, ms | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for preset in arguments.presets:
         steps.append(found := measure_step(preset, STEPS[preset], arguments.rounds))
-        ms = found["ms"]
-        print(f"| `{preset}` | {found['batch']} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
+        ms, ratios = found["ms"], found["ratios"]
+        columns = " | ".join(f"{ms[way]} | **{ratios[way]}**" for way in WAYS[1:])
+        print(f"| `{preset}` | {found['batch']} | {ms['library']} | {columns} |", flush=True)
     path = arguments.result or RESULTS / f"taps-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device("cpu"))
-    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers, "steps": steps}
+    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers, "blocks": blocks, "steps": steps}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
 

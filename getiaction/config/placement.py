@@ -9,6 +9,7 @@ from getiaction.config.schema import HardwareConfig
 from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
 from getiaction.policy.fast.convolution import use_library, use_taps
+from getiaction.policy.fast.native_layers import use_native
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.ranks import from_main
 from getiaction.training.update import can_replay
@@ -27,11 +28,12 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
     policy.cuda_graphs = hardware.cuda_graphs
     if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
         use_taps(policy)
+        use_native(policy)
     return policy
 
 
 def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
-    """Tell whether wide convolutions learn by taps: where they can, on CPUs that are known to be faster so."""
+    """Tell whether wide convolutions learn by taps, and blocks by C: where they can, on CPUs known to be faster so."""
     can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
     known = read_cpu("vendor_id") in ("GenuineIntel", "AuthenticAMD")  # benchmarks/NOTES.md
     return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from getiaction.policy.fast.activation import Mish
 from getiaction.policy.fast.convolution import Conv1d, ConvTranspose1d
-from getiaction.policy.fast.kernels import kernels_for
+from getiaction.policy.fast.kernels import block_kernels_for, film_kernels_for, native_block_for
 from getiaction.policy.fast.watch import is_watched
 
 NARROW, MANY = 256, 32  # channels, samples: where convolutions are faster with the channels last, benchmarks/NOTES.md
@@ -47,6 +47,7 @@ class ConvBlock(nn.Module):
     """Convolve along time, normalise, Mish: (B, C, T) -> (B, C', T)."""
 
     by_library = False  # see `convolution.use_library`
+    by_native = False  # see `native_layers.use_native`
 
     def __init__(self, channels_in: int, channels_out: int, *, kernel_size: int, n_groups: int) -> None:
         super().__init__()
@@ -62,8 +63,8 @@ class ConvBlock(nn.Module):
         return self.block(x) if fused is None else fused.convolve_and_normalise(self.block[0], self.block[1], x)
 
     def kernels(self, x: Tensor) -> ModuleType | None:
-        """Return the kernels in `fused.py` where they do what the layers do: as they were made, and nobody listens."""
-        fused = kernels_for(self, x)
+        """Return what does what the layers do in one go, while they are as they were made, and nobody listens."""
+        fused = block_kernels_for(self, x)
         if fused is None or [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
             return None
         watched = is_watched(self, self.block, *self.block)
@@ -72,6 +73,8 @@ class ConvBlock(nn.Module):
 
 class ResidualBlock(nn.Module):
     """Two convolutions around a FiLM layer, with a residual connection."""
+
+    by_native = False  # see `native_layers.use_native`
 
     def __init__(
         self, channels_in: int, channels_out: int, *, cond_dim: int, kernel_size: int, n_groups: int, film_scale: bool
@@ -91,6 +94,8 @@ class ResidualBlock(nn.Module):
 
     def modulate(self, x: Tensor, film: Tensor) -> Tensor:
         """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
+        if (native := native_block_for(self, x)) is not None:
+            return cast(Tensor, native.run_block(self, x, film))
         if (fused := self.conv1.kernels(x)) is not None and self.conv2.kernels(x) is not None:
             first, second = self.conv1.block, self.conv2.block
             hidden = fused.convolve_and_normalise(first[0], first[1], x, film)
@@ -120,6 +125,7 @@ class ConditionalUnet1d(nn.Module):
     """
 
     by_library = False  # see `convolution.use_library`
+    by_native = False  # see `native_layers.use_native`
 
     def __init__(
         self,
@@ -248,8 +254,8 @@ class ConditionalUnet1d(nn.Module):
         return rearrange(x[:, :, 0] if rows else x, "b d t -> b t d")
 
     def _kernels(self, x: Tensor) -> ModuleType | None:
-        """Return the kernels in `fused.py` where all FiLM layers can be one product, and nobody listens to a block."""
-        fused = kernels_for(self, x) if torch.is_grad_enabled() else None
+        """Return what does all FiLM layers as one product where it may, and nobody listens to a block."""
+        fused = film_kernels_for(self, x) if torch.is_grad_enabled() else None
         if fused is None or (self.gradient_checkpointing and self.training):
             return None
         blocks = self.blocks()
@@ -273,8 +279,10 @@ class ConditionalUnet1d(nn.Module):
 
 def join(x: Tensor, skip: Tensor) -> Tensor:
     """Join the channels of x (B, C, ...) and skip (B, C', ...) into (B, C + C', ...), lying as both do."""
-    if x.ndim == 3 and x.stride(1) == skip.stride(1) == 1:  # as the kernels for GPUs leave them
-        return torch.cat([x.transpose(1, 2), skip.transpose(1, 2)], dim=2).transpose(1, 2)
+    if x.ndim == 4 and x.stride(1) == skip.stride(1) == 1 and skip.stride(0) < skip.stride(3):  # (1, T, B, C)
+        return torch.cat([x.permute(2, 3, 0, 1), skip.permute(2, 3, 0, 1)], dim=3).permute(2, 3, 0, 1)
+    if x.stride(1) == skip.stride(1) == 1:
+        return torch.cat([x.movedim(1, -1), skip.movedim(1, -1)], dim=-1).movedim(-1, 1)
     return torch.cat([x, skip], dim=1)
 
 

@@ -21,7 +21,7 @@ from getiaction.config import placement, run
 from getiaction.config import precision as precision_module
 from getiaction.errors import TrainingError
 from getiaction.interop.lerobot import load_policy
-from getiaction.policy.fast import convolution
+from getiaction.policy.fast import convolution, native, native_blocks, native_layers
 from getiaction.training.metrics import read_metrics
 from getiaction.training.ranks import Watchdog
 
@@ -235,19 +235,27 @@ def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
     assert trainer.accelerator.mixed_precision == "bf16"
 
 
-WIDE = ("unet.down_dims=[16,256]", "training.batch_size=16", "lr_scheduler.num_warmup_steps=0")
+WIDE = ("unet.down_dims=[16,264]", "training.batch_size=16", "lr_scheduler.num_warmup_steps=0")
 
 
 def test_taps_train_alike_and_resume_exactly(
     tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, plain = [], convolution.convolve_by_taps
-    monkeypatch.setattr(convolution, "convolve_by_taps", lambda *given: calls.append(1) or plain(*given))
+    calls: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: calls.append(name) or plain(*given))
+
+    watch(convolution, "convolve_by_taps")
+    watch(native_layers, "convolve_by_taps")
+    watch(native_blocks, "run_block")
     tiny.fit(tmp_path / "library", *WIDE, "hardware.convolutions=library")
     assert not calls
     folder = tmp_path / "taps"
     tiny.train(folder, *WIDE, "hardware.convolutions=taps")
-    assert calls
+    assert "convolve_by_taps" in calls
+    assert "run_block" in calls or native.find_library() is None
     assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "library"), rel=1e-4)
     shutil.copytree(folder, tmp_path / "stopped", symlinks=True)
     helpers.remove_checkpoint(tmp_path / "stopped", 4)

@@ -32,6 +32,7 @@ class Conv1d(nn.Conv1d):
 
     by_taps = False  # see `use_taps`
     by_library = False  # see `use_library`
+    by_native = False  # see `native_layers.use_native`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, T) to (B, C', T'), or (B, C, 1, T) to (B, C', 1, T')."""
@@ -39,17 +40,19 @@ class Conv1d(nn.Conv1d):
             return fused.convolve(self, x)
         if self.by_taps and is_faster_by_taps(self, x, MOMENTS):
             picture = x if x.ndim == 4 else x[:, :, None]
-            found = convolve_by_taps(picture, *self._as_in_2d())
+            found = convolve_by_taps(picture, *self.as_in_2d())
+            if x.ndim == 4 and self.by_native:
+                return found
             return found.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else found[:, :, 0].contiguous()
         if pays(self, x):
             return convolve(self, x)
         if x.ndim == 4:
-            return functional.conv2d(x, *self._as_in_2d())
+            return functional.conv2d(channels_last(x), *self.as_in_2d())
         if self.by_taps:  # its weights lie so that PyTorch would go through rows
             return functional.conv1d(x, self.weight.contiguous(), self.bias, self.stride, self.padding)
         return super().forward(x)
 
-    def _as_in_2d(self) -> tuple[Tensor, Tensor | None, Pair, Pair]:
+    def as_in_2d(self) -> tuple[Tensor, Tensor | None, Pair, Pair]:
         """Return weights, bias, stride and padding of the same convolution of (B, C, 1, T)."""
         return self.weight[:, :, None], self.bias, (1, self.stride[0]), (0, int(self.padding[0]))
 
@@ -59,6 +62,7 @@ class Conv2d(nn.Conv2d):
 
     by_taps = False  # see `use_taps`
     by_library = False  # see `use_library`
+    by_native = False  # see `native_layers.use_native`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H', W')."""
@@ -86,7 +90,12 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         if x.ndim == 3:
             return super().forward(x, output_size)
         stride, padding = (1, self.stride[0]), (0, int(self.padding[0]))
-        return functional.conv_transpose2d(x, self.weight[:, :, None], self.bias, stride, padding)
+        return functional.conv_transpose2d(channels_last(x), self.weight[:, :, None], self.bias, stride, padding)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x (B, C, 1, T) as the library wants it, where its channels lie last, but samples not first."""
+    return x.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 else x
 
 
 def replace_convolutions(module: nn.Module) -> None:

@@ -30,12 +30,45 @@ def kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
     return find_kernels() if x.dtype in TAKEN else None
 
 
+def block_kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
+    """Return what convolves and normalises x (B, C, ...): `fused.py` on a GPU, `native_layers.py` on a CPU."""
+    if x.device.type != "cpu":
+        return kernels_for(layer, x)
+    if not layer.by_native or not layer.training or x.ndim != 4:
+        return None
+    from getiaction.policy.fast import native_layers, native_norms
+
+    return native_layers if native_norms.learns(x) else None
+
+
+def film_kernels_for(unet: nn.Module, x: Tensor) -> ModuleType | None:
+    """Return what does all FiLM layers of a U-Net as one product: `fused.py` on a GPU, `native_layers.py` on a CPU."""
+    if x.device.type != "cpu":
+        return kernels_for(unet, x)
+    if not unet.by_native or not unet.training:
+        return None
+    from getiaction.policy.fast import native_layers, native_norms
+
+    return native_layers if native_norms.learns(x) else None
+
+
+def native_block_for(block: nn.Module, x: Tensor) -> ModuleType | None:
+    """Return `native_blocks.py` for a U-Net's residual block that learns on a CPU and sees x (B, C, 1, T), or None."""
+    if x.device.type != "cpu" or not block.by_native or not block.training or x.ndim != 4:
+        return None
+    from getiaction.policy.fast import native_blocks
+
+    return native_blocks if native_blocks.takes(block, x) else None
+
+
 def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None:
     """Return `fused_pictures.py` for a ResNet that sees x (B, C, H, W), or None where PyTorch's layers are called.
 
     Args:
         x: normalised, or uint8.
     """
+    if x.device.type == "cpu":
+        return native_pictures_for(backbone, x)
     if x.device.type != "cuda" or not len(x) or torch.compiler.is_compiling():
         return None
     if x.dtype not in (*TAKEN, torch.uint8):
@@ -55,6 +88,15 @@ def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
     if kernels is None or not kernels.takes(backbone, x.device.type):
         return None
     return kernels if not has_batch_norm or _find(_try_batch_norm) is not None else None
+
+
+def native_pictures_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None:
+    """Return `native_layers.py` for a ResNet that learns on a CPU, or None."""
+    if not getattr(backbone[0], "by_native", False) or not backbone.training or is_watched(*backbone.modules()):
+        return None
+    from getiaction.policy.fast import native_layers, native_norms
+
+    return native_layers if native_norms.learns(x) and native_layers.takes_pictures(backbone) else None
 
 
 def few_kernels_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:

@@ -1,21 +1,7 @@
 // The operations of a U-Net that denoises a few rows, on memory that was laid out beforehand: native.py says what they
 // are. Each number is the same sum in the same order wherever its row lies, and however many rows and threads there are.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#ifdef __AVX512F__
-#define WIDE 16
-#else
-#define WIDE 8
-#endif
-#define PANEL (2 * WIDE) // columns of a weight that lie side by side
-#define DEEP 512         // rows of a panel, which stay in the first cache while all rows of x pass
-#define MANY 64          // rows of x whose sums are kept at once
-typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
+#include "native.h"
+#define DEEP 512 // rows of a panel, which stay in the first cache while all rows of x pass
 
 enum { PRODUCT, NORM, COPY };
 
@@ -56,60 +42,51 @@ static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t s
     return row / steps * batch_stride + row % steps * step_stride;
 }
 
-// out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
-static void product(const operation *one, int64_t part, int64_t parts) {
-    int64_t panels = (one->channels + PANEL - 1) / PANEL, rows = one->batch * one->steps;
+void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
+                   int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds) {
     vector sums[2 * MANY];
-    for (int64_t number = panels * part / parts; number < panels * (part + 1) / parts; number++) {
-        const float *weight = one->weight + number * PANEL * one->width;
-        int64_t column = number * PANEL, columns = one->channels - column < PANEL ? one->channels - column : PANEL;
-        for (int64_t first = 0; first < rows; first += MANY) {
-            int64_t count = rows - first < MANY ? rows - first : MANY;
-            memset(sums, 0, sizeof(vector) * 2 * count);
-            for (int64_t k = 0; k < one->width; k += DEEP) {
-                int64_t depth = one->width - k < DEEP ? one->width - k : DEEP;
-                for (int64_t row = 0, taken; row < count; row += taken) {
-                    int64_t left = count - row;
-                    const float *x[6], *panel = weight + k * PANEL;
-                    // eight rows are two of four, not six and two
-                    taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                    for (int64_t i = 0; i < taken; i++)
-                        x[i] = one->x + place(first + row + i, one->steps, one->x_batch, one->x_step) + k;
-                    if (taken == 6) multiply_6(x, panel, depth, sums + 2 * row);
-                    else if (taken == 4) multiply_4(x, panel, depth, sums + 2 * row);
-                    else if (taken == 2) multiply_2(x, panel, depth, sums + 2 * row);
-                    else multiply_1(x, panel, depth, sums + 2 * row);
-                }
+    for (int64_t number = first_panel; number < last_panel; number++) {
+        const float *panels = weight + number * PANEL * depth;
+        int64_t column = number * PANEL, columns = channels - column < PANEL ? channels - column : PANEL;
+        memset(sums, 0, sizeof(vector) * 2 * rows);
+        for (int64_t k = 0; k < width; k += DEEP) {
+            int64_t some = width - k < DEEP ? width - k : DEEP;
+            for (int64_t row = 0, taken; row < rows; row += taken) {
+                int64_t left = rows - row;
+                const float *from[6], *panel = panels + k * PANEL;
+                // eight rows are two of four, not six and two
+                taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                for (int64_t i = 0; i < taken; i++) from[i] = x[row + i] + k;
+                if (taken == 6) multiply_6(from, panel, some, sums + 2 * row);
+                else if (taken == 4) multiply_4(from, panel, some, sums + 2 * row);
+                else if (taken == 2) multiply_2(from, panel, some, sums + 2 * row);
+                else multiply_1(from, panel, some, sums + 2 * row);
             }
-            for (int64_t row = 0; row < count; row++) {
-                float *out = one->out + place(first + row, one->steps, one->out_batch, one->out_step) + column;
-                const float *sum = (const float *)(sums + 2 * row), *bias = one->bias ? one->bias + column : NULL;
-                if (one->adds) for (int64_t i = 0; i < columns; i++) out[i] += sum[i];
-                else if (bias) for (int64_t i = 0; i < columns; i++) out[i] = sum[i] + bias[i];
-                else for (int64_t i = 0; i < columns; i++) out[i] = sum[i];
-            }
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            float *to = out[row] + column;
+            const float *sum = (const float *)(sums + 2 * row), *added = bias ? bias + column : NULL;
+            if (adds) for (int64_t i = 0; i < columns; i++) to[i] += sum[i];
+            else if (added) for (int64_t i = 0; i < columns; i++) to[i] = sum[i] + added[i];
+            else for (int64_t i = 0; i < columns; i++) to[i] = sum[i];
         }
     }
 }
 
-// exp(x) for x <= 0, from -87 on. Source: expf of Cephes, https://www.netlib.org/cephes/
-static inline float exponential(float x) {
-    float in = x > -87.0f ? x : -87.0f, n = rintf(in * 1.44269504088896341f), y = 1.9875691500e-4f;
-    in = in - n * 0.693359375f + n * 2.12194440e-4f;
-    y = y * in + 1.3981999507e-3f;
-    y = y * in + 8.3334519073e-3f;
-    y = y * in + 4.1665795894e-2f;
-    y = y * in + 1.6666665459e-1f;
-    y = y * in + 5.0000001201e-1f;
-    y = y * in * in + in + 1.0f;
-    union { int32_t bits; float value; } power = {.bits = ((int32_t)n + 127) << 23};
-    return y * power.value;
-}
-
-// x tanh(softplus(x)), of e = exp(-|x|), which never overflows; NaN for NaN.
-static inline float mish(float x) {
-    float e = exponential(-fabsf(x)), up = x < 0 ? e * (e + 2) : 1 + 2 * e, down = x < 0 ? up + 2 : up + 2 * e * e;
-    return x * up / down;
+// out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
+static void product(const operation *one, int64_t part, int64_t parts) {
+    int64_t panels = (one->channels + PANEL - 1) / PANEL, rows = one->batch * one->steps;
+    for (int64_t first = 0; first < rows; first += MANY) {
+        int64_t count = rows - first < MANY ? rows - first : MANY;
+        const float *x[MANY];
+        float *out[MANY];
+        for (int64_t i = 0; i < count; i++) {
+            x[i] = one->x + place(first + i, one->steps, one->x_batch, one->x_step);
+            out[i] = one->out + place(first + i, one->steps, one->out_batch, one->out_step);
+        }
+        multiply_rows(x, out, count, one->weight, one->width, one->width, one->channels, panels * part / parts,
+                      panels * (part + 1) / parts, one->bias, one->adds);
+    }
 }
 
 // Group norm over (T, C / groups), Mish, and times the scale, plus the shift or the residual.

@@ -1,6 +1,7 @@
-"""Find the operations of `native.c`: compiled at the first use, for this CPU, and kept in the cache.
+"""Find the operations in C: compiled at the first use, for this CPU, and kept in the cache.
 
-Acting asks for a few rows. PyTorch then packs each weight anew for every product, or reads it as slowly as it lies, and
+They are those of who acts, `native.c`, and of who learns, `native_norms.c` and `native_blocks.c`, which say why. Acting
+asks for a few rows. PyTorch then packs each weight anew for every product, or reads it as slowly as it lies, and
 takes a call for each operation. Here weights lie as they are read, and a denoising step is one call. It takes a C
 compiler (`$CC`, gcc, cc or clang); without one, or where what it made computes something else, PyTorch's operations are
 taken: see `unrolled`. What is in the cache is named after its own content and belongs to who runs it.
@@ -29,7 +30,8 @@ from getiaction.files import default_cache_dir
 from getiaction.machine import read_cpu
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "native_norms.c", "native_blocks.c"))
+HEADER = Path(__file__).with_name("native.h")
 # Sums may be split over the lanes of a vector; infinities and NaN stay what they are, and so does the CPU's own state,
 # which -ffast-math would change for all of the process.
 FAST = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast")
@@ -56,18 +58,18 @@ class Library:
     """Hold the compiled operations."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        self._library.run.argtypes = (ctypes.c_void_p, *(ctypes.c_int64,) * 3)
-        self._library.run.restype = None
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.run.argtypes = (ctypes.c_void_p, *(ctypes.c_int64,) * 3)
+        self.functions.run.restype = None
         for name in ("panel_width", "operation_size"):
-            getattr(self._library, name).restype = ctypes.c_int64
-        self.panel = int(self._library.panel_width())
-        if self._library.operation_size() != ctypes.sizeof(Operation):
+            getattr(self.functions, name).restype = ctypes.c_int64
+        self.panel = int(self.functions.panel_width())
+        if self.functions.operation_size() != ctypes.sizeof(Operation):
             raise OSError(f"{path} is not of this version")
 
     def run(self, operations: ctypes.Array[Operation], number: int, threads: int) -> None:
         """Do a denoising step."""
-        self._library.run(operations, len(operations), number, threads)
+        self.functions.run(operations, len(operations), number, threads)
 
 
 def describe(kind: int, x: Tensor, out: Tensor, **more: float | None) -> Operation:
@@ -93,7 +95,7 @@ def find_library() -> Library | None:
             with tempfile.TemporaryDirectory() as folder:
                 return load(found[0], Path(folder))
     except (OSError, RuntimeError, subprocess.SubprocessError, ArithmeticError) as error:
-        log.warning("%s cannot be used (%s): a chunk of actions takes longer on this CPU", SOURCE.name, error)
+        log.warning("%s cannot be used (%s): a chunk of actions takes longer on this CPU", SOURCES[0].name, error)
         return None
 
 
@@ -107,7 +109,9 @@ def load(compiler: list[str], folder: Path) -> Library:
     fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     cpu = [read_cpu(field) for field in fields]
     machine = (platform.machine(), platform.libc_ver(), cpu, platform.node() if not any(cpu[1:3]) else None)
-    content = SOURCE.read_bytes() + repr((FAST, WAYS, compiler, machine)).encode()
+    content = (
+        b"".join(path.read_bytes() for path in (*SOURCES, HEADER)) + repr((FAST, WAYS, compiler, machine)).encode()
+    )
     name = hashlib.sha256(content).hexdigest()[:32]
     for path in folder.glob(f"{name}-*.so"):
         if is_whole(path):
@@ -144,7 +148,18 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own) / "made.so"
         for way in ways:
-            command = [*compiler, *FAST, *way, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            command = [
+                *compiler,
+                *FAST,
+                *way,
+                "-shared",
+                "-fPIC",
+                f"-I{HEADER.parent}",
+                *map(str, SOURCES),
+                "-o",
+                str(made),
+                "-lm",
+            ]
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
             )

@@ -345,8 +345,8 @@ def test_what_computes_something_else_is_not_used(
     anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     wrong = tmp_path / "native.c"
-    wrong.write_text(native.SOURCE.read_text().replace("+= right *", "-= right *"))
-    monkeypatch.setattr(native, "SOURCE", wrong)
+    wrong.write_text(native.SOURCES[0].read_text().replace("+= right *", "-= right *"))
+    monkeypatch.setattr(native, "SOURCES", (wrong, *native.SOURCES[1:]))
     assert native.find_library() is None
     assert "computes something else" in caplog.text
 

@@ -1,0 +1,373 @@
+"""What learns by C on a CPU: PyTorch's results and gradients, for any layout and number of threads, where asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy import ConditionalUnet1d, ImageEncoder
+from getiaction.policy.fast import native, native_blocks, native_layers, native_norms
+from getiaction.policy.fast.convolution import use_taps
+from getiaction.policy.fast.native_layers import use_native
+from getiaction.policy.fast.native_norms import MISH, PLAIN, RELU
+from getiaction.policy.unet import ResidualBlock
+
+GROUPS = {"some": 4, "one": 1, "each channel": 24}
+ORDERS = {"samples outermost": (0, 2, 3, 1), "places outermost": (2, 3, 0, 1), "channels first": (0, 1, 2, 3)}
+BLOCKS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {  # C, C', T, B, what else is special
+    "as it is added": (32, 32, 16, 5, {}),
+    "with a residual convolution": (24, 40, 8, 7, {}),
+    "of actions": (2, 32, 16, 3, {}),
+    "fewer moments than taps": (16, 16, 2, 50, {}),
+    "one moment": (16, 24, 1, 4, {}),
+    "one tap": (16, 24, 4, 4, {"kernel_size": 1}),
+    "more moments than go together": (16, 16, 200, 2, {"kernel_size": 3}),
+    "shift only": (48, 16, 4, 130, {"film_scale": False}),
+    "as wide as it may be": (256, 256, 4, 9, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    """Skip where there is no C compiler."""
+    if native.find_library() is None:
+        pytest.skip("needs a C compiler")
+    assert native_layers.works()
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def drawn(*shape: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """Return numbers (B, C, h, w) that lie in memory in an order, the side that comes first outermost."""
+    if order is None:
+        return torch.randn(shape)
+    return torch.randn([shape[side] for side in order]).permute([order.index(side) for side in range(4)])
+
+
+def passes(call: Callable[..., Tensor], given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return what comes out, and the gradients of a loss that weighs each number differently."""
+    given = [one.detach().to(dtype).requires_grad_() for one in given]
+    out = call(*given)
+    weights = torch.arange(out.numel(), dtype=torch.float64).sin().view(out.shape).to(dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), given)]
+
+
+def assert_rounding_only(found: list[Tensor], usual: list[Tensor], exact: list[Tensor]) -> None:
+    """Compare with float64: no further from it than a few times as far as PyTorch in float32 is."""
+    for number, (ours, theirs, right) in enumerate(zip(found, usual, exact, strict=True)):
+        apart, own, size = (float(one.double().norm()) for one in (ours - right, theirs - right, right))
+        assert apart < 4 * own + 1e-6 * size + 1e-12, (number, apart, own, size)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    ("activation", "names"),
+    [
+        (MISH, ("start", "film")),
+        (MISH, ("film",)),
+        (MISH, ("start", "added")),
+        (RELU, ("added",)),
+        (RELU, ()),
+        (PLAIN, ()),
+    ],
+    ids=["start, Mish, FiLM", "Mish, FiLM", "start, Mish, addition", "addition, ReLU", "ReLU", "norm alone"],
+)
+def test_group_norm_and_what_follows(
+    activation: int, names: tuple[str, ...], groups: str, order: str, threads: int
+) -> None:
+    torch.manual_seed(0)
+    norm, channels = nn.GroupNorm(GROUPS[groups], 24), 24
+    shapes = {"start": (channels,), "film": (5, 2 * channels)}
+    given = [drawn(5, channels, 6, 7, order=ORDERS[order]) + 1, *(drawn(channels) for _ in range(2))]
+    given += [
+        drawn(5, channels, 6, 7, order=ORDERS["places outermost"]) if name == "added" else drawn(*shapes[name])
+        for name in names
+    ]
+
+    def by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> Tensor:
+            own = copy.deepcopy(norm).to(x.dtype)
+            del own.weight, own.bias
+            own.weight, own.bias = weight, bias
+            return function(own, x=x, activation=activation, **dict(zip(names, others, strict=True)))
+
+        return call
+
+    ours = by(native_norms.normalise_groups)
+    theirs = by(lambda norm, activation, **given: native_layers.plainly(norm, activation, **given))
+    exact = passes(theirs, given, torch.float64)
+    assert_rounding_only(passes(ours, given, torch.float32), passes(theirs, given, torch.float32), exact)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("activation", [RELU, PLAIN], ids=["ReLU", "norm alone"])
+@pytest.mark.parametrize("adds", [False, True], ids=["", "addition"])
+def test_batch_norm_and_what_follows(adds: bool, activation: int, order: str, threads: int) -> None:
+    if adds and activation == PLAIN:
+        pytest.skip("nothing is added after a norm alone")
+    torch.manual_seed(0)
+    ours, channels = nn.BatchNorm2d(24), 24
+    theirs = copy.deepcopy(ours)
+    given = [drawn(5, channels, 6, 7, order=ORDERS[order]) + 1]
+    given += [drawn(5, channels, 6, 7, order=ORDERS["places outermost"])] if adds else []
+
+    def fast(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return native_norms.normalise_batch(ours, x, added, activation=activation)
+
+    def plain(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return native_layers.plainly(theirs.to(x.dtype), activation, x=x, added=added)
+
+    found, usual = passes(fast, given, torch.float32), passes(plain, given, torch.float32)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer)
+    assert_rounding_only(found, usual, passes(plain, given, torch.float64))
+
+
+def make_block(wide: int, high: int, **special: Any) -> ResidualBlock:
+    """Return a residual block in which every weight and bias matters."""
+    torch.manual_seed(0)
+    shape = {"kernel_size": 5, "n_groups": 8, "film_scale": True} | special
+    block = ResidualBlock(wide, high, cond_dim=6, **shape).train()
+    with torch.no_grad():
+        for name, weight in block.named_parameters():
+            weight.normal_(1.0 if name.endswith("1.weight") and weight.ndim == 1 else 0.0, 0.3)
+    return block
+
+
+def block_passes(block: ResidualBlock, steps: int, batch: int, dtype: torch.dtype, order: str) -> list[Tensor]:
+    """Return what comes out of a block, and the gradients of its input, FiLM's values and all of its weights."""
+    torch.manual_seed(1)
+    wide, high = block.conv1.block[0].in_channels, block.conv1.block[0].out_channels
+    x = drawn(batch, wide, 1, steps, order=ORDERS[order])
+    film = drawn(batch, high * (1 + block.film_scale))
+    weights = {name: weight for name, weight in block.named_parameters() if "cond_encoder" not in name}
+
+    def call(x: Tensor, film: Tensor, *_: Tensor) -> Tensor:
+        return block.modulate(x, film)
+
+    found = passes(call, [x, film], dtype)
+    out = block.modulate(x.to(dtype), film.to(dtype))
+    return found + list(torch.autograd.grad(out.square().sum(), list(weights.values())))
+
+
+@pytest.mark.parametrize("order", ["samples outermost", "places outermost"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_is_the_plain_one(name: str, order: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, high, steps, batch, special = BLOCKS[name]
+    block = make_block(wide, high, **special)
+    usual = block_passes(block, steps, batch, torch.float32, order)
+    exact = block_passes(copy.deepcopy(block).double(), steps, batch, torch.float64, order)
+    use_native(block)
+    calls = count(monkeypatch, native_blocks, "run_block")
+    assert_rounding_only(block_passes(block, steps, batch, torch.float32, order), usual, exact)
+    assert len(calls) == 2
+
+
+def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """Return a list that grows with each call of a module's function."""
+    calls, plain = list[None](), getattr(module, name)
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(None)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["with a residual convolution", "fewer moments than taps", "as wide as it may be"])
+def test_a_blocks_numbers_are_the_same_bit_by_bit_for_any_threads(name: str) -> None:
+    wide, high, steps, batch, special = BLOCKS[name]
+    block, before, seen = make_block(wide, high, **special), torch.get_num_threads(), []
+    use_native(block)
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        seen.append(block_passes(block, steps, batch, torch.float32, "samples outermost"))
+    torch.set_num_threads(before)
+    for others in seen[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(seen[0], others, strict=True))
+
+
+@pytest.mark.parametrize("dims", [(16, 32, 64), (64, 320)], ids=["narrow", "wide, by taps"])
+def test_a_unet_learns_what_the_plain_one_does(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = ConditionalUnet1d(action_dim=3, cond_dim=5, down_dims=dims).train()
+    fast = copy.deepcopy(plain)
+    use_taps(fast)
+    use_native(fast)
+    blocks, norms = (
+        count(monkeypatch, *one) for one in ((native_blocks, "run_block"), (native_norms._Normalise, "apply"))
+    )
+    actions, cond, timesteps = torch.randn(33, 8, 3), torch.randn(33, 5), torch.arange(33)
+
+    def run(unet: ConditionalUnet1d, dtype: torch.dtype) -> list[Tensor]:
+        def call(actions: Tensor, cond: Tensor) -> Tensor:
+            return unet(actions, timesteps, cond)
+
+        found = passes(call, [actions, cond], dtype)
+        loss = unet(actions.to(dtype), timesteps, cond.to(dtype)).square().sum()
+        return found + list(torch.autograd.grad(loss, list(unet.parameters())))
+
+    found = run(fast, torch.float32)
+    assert (len(blocks), len(norms)) == ((24, 2) if dims[-1] < 256 else (8, 18))  # two passes
+    assert_rounding_only(found, run(plain, torch.float32), run(plain.double(), torch.float64))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_resnet_learns_what_the_plain_one_does(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "MANY", 0)
+    torch.manual_seed(0)
+    plain = ImageEncoder((3, 48, 48), norm=norm, num_keypoints=4).train().to(memory_format=torch.channels_last)
+    fast, pictures = copy.deepcopy(plain), torch.randn(4, 3, 48, 48)
+    use_taps(fast)
+    use_native(fast)
+    calls = count(monkeypatch, native_norms._Normalise, "apply")
+
+    def run(encoder: ImageEncoder, dtype: torch.dtype) -> list[Tensor]:
+        features = (
+            encoder.backbone(pictures.to(dtype)) if encoder is plain else native_layers.run(encoder.backbone, pictures)
+        )
+        weights = list(encoder.backbone.parameters())
+        return [features.detach(), *torch.autograd.grad(features.square().sum(), weights)]
+
+    found = run(fast, torch.float32)
+    assert len(calls) == 20
+    usual = run(plain, torch.float32)
+    pairs = zip(fast.backbone.named_buffers(), plain.backbone.named_buffers(), strict=True)
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for (_, one), (_, other) in pairs)
+    for ours, theirs in zip(found, usual, strict=True):  # ReLUs at which rounding decides are in both
+        assert float((ours - theirs).norm()) < 2e-2 * float(theirs.norm()) + 1e-6
+    assert torch.allclose(found[0], usual[0], rtol=1e-3, atol=1e-4)
+
+
+def listen(block: ResidualBlock) -> None:
+    block.conv2.block[1].register_forward_hook(lambda *_: None)
+
+
+def replace_norm(block: ResidualBlock) -> None:
+    block.conv2.block[1] = nn.Sequential(block.conv2.block[1])
+
+
+def replace_activation(block: ResidualBlock) -> None:
+    block.conv1.block[2] = nn.Mish()
+
+
+@pytest.mark.parametrize("change", [listen, replace_norm, replace_activation, nn.Module.eval, nn.Module.double])
+def test_what_is_not_a_plain_block_that_learns_is_left_to_pytorch(
+    change: Callable[[ResidualBlock], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = make_block(16, 24)
+    use_native(block)
+    change(block)
+    calls = count(monkeypatch, native_blocks, "run_block")
+    dtype = block.conv1.block[0].weight.dtype
+    block.modulate(
+        torch.randn(2, 16, 1, 4, dtype=dtype).contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 48, dtype=dtype),
+    )
+    assert calls == []
+
+
+def test_a_hook_sees_what_it_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, seen = make_block(16, 24), list[Tensor]()
+    block.conv2.block[1].register_forward_hook(lambda _, given, out: seen.append(out.detach()))
+    x, film = torch.randn(2, 16, 1, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 48)
+    block.modulate(x, film)
+    use_native(block)
+    block.modulate(x, film)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_under_autocast_and_without_gradients_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make_block(16, 24)
+    use_native(block)
+    calls = count(monkeypatch, native_blocks, "run_block")
+    x, film = torch.randn(2, 16, 1, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block.modulate(x, film)
+    with torch.no_grad():
+        block.modulate(x, film)
+    assert calls == []
+    block.modulate(x, film)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("weight", ["conv1.block.0.weight", "conv2.block.1.bias", "residual_conv.weight"])
+def test_what_is_no_number_stays_none(weight: str) -> None:
+    block = make_block(16, 24)
+    use_native(block)
+    block.get_parameter(weight).data.view(-1)[0] = torch.nan
+    x, film = torch.randn(2, 16, 1, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 48)
+    out = block.modulate(x.requires_grad_(), film)
+    assert out.isnan().any()
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 16), nn.BatchNorm2d(16)], ids=["group", "batch"])
+def test_a_picture_that_is_no_number_stays_none(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "MANY", 0)
+    x = torch.randn(2, 16, 3, 3)
+    x[0, 0, 0, 0] = torch.nan
+    x.requires_grad_()
+    out = native_layers.normalise(norm, x, RELU)
+    assert out.isnan().any()
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isnan().any()
+
+
+def test_vectors_of_other_cpus_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """A compiler makes pairs of vectors of 16 numbers, which only AVX-512 has, so they can be tried anywhere."""
+    monkeypatch.setenv("GETIACTION_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FAST", (*native.FAST, "-DWIDE=16"))
+    finders = native.find_library, native_norms.find_norms, native_blocks.find_blocks, native_layers.works
+    for finder in finders:
+        finder.cache_clear()
+    try:
+        library = native.find_library()
+        assert library is not None
+        assert library.panel == 32
+        assert native_layers.works()
+        wide, high, steps, batch, special = BLOCKS["with a residual convolution"]
+        block = make_block(wide, high, **special)
+        usual = block_passes(block, steps, batch, torch.float32, "samples outermost")
+        exact = block_passes(copy.deepcopy(block).double(), steps, batch, torch.float64, "samples outermost")
+        use_native(block)
+        assert_rounding_only(block_passes(block, steps, batch, torch.float32, "samples outermost"), usual, exact)
+    finally:
+        for finder in finders:
+            finder.cache_clear()
+
+
+def test_what_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    native_layers.works.cache_clear()
+    real = native_norms.Norms.forwards
+
+    def wrong(self: native_norms.Norms, *given: Any) -> tuple[Tensor, Tensor]:
+        out, moments = real(self, *given)
+        return out.mul_(1.001), moments
+
+    monkeypatch.setattr(native_norms.Norms, "forwards", wrong)
+    block = make_block(16, 24)
+    try:
+        assert not use_native(block)
+    finally:
+        native_layers.works.cache_clear()
+    assert not block.by_native
+    assert "something else" in caplog.text
