@@ -23,7 +23,7 @@ from torch.nn import functional
 from getiaction.policy.fast.activation import Mish
 from getiaction.policy.fast.convolution import Conv1d, is_plain
 from getiaction.policy.fast.native import find_library
-from getiaction.policy.fast.native_norms import MISH, Between, at, halves, learns
+from getiaction.policy.fast.native_norms import FLOATS, LAST, MISH, Between, at, halves, is_plain_norm, learns
 from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class _Block(torch.autograd.Function):
         one, sizes = describe(x, film, how, weights)
         kept, places = carve(*sizes.kept())
         place(one, sizes, places)
-        out = torch.empty((sizes.batch, sizes.high, 1, sizes.steps), memory_format=torch.channels_last)
+        out = torch.empty((sizes.batch, sizes.high, 1, sizes.steps), memory_format=LAST, **FLOATS)
         one.norms[1].out = out.data_ptr()
         run(one, sizes, "panels", is_backwards=False)
         ctx.save_for_backward(x, film, kept, *weights)
@@ -129,34 +129,25 @@ class _Block(torch.autograd.Function):
         place(one, sizes, addresses(kept, sizes.kept()))
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = torch.empty((sizes.batch, sizes.wide, 1, sizes.steps), memory_format=torch.channels_last)
-        by_film, by_affine, by_bias = torch.empty_like(film), torch.empty(2, 3, sizes.high), torch.empty(sizes.high)
+            by_x = torch.empty((sizes.batch, sizes.wide, 1, sizes.steps), memory_format=LAST, **FLOATS)
+        by_film, by_affine = torch.empty_like(film), torch.empty(2, 3, sizes.high, **FLOATS)
+        by_bias = torch.empty(sizes.high, **FLOATS)
         by_weights = [None if weight is None else torch.empty_like(weight) for weight in weights[::4]]
         for layer, by_weight in zip((one.first, one.second, one.around), by_weights, strict=True):
             layer.by_weight = at(by_weight)
         one.by_x, one.by_bias = at(by_x), by_bias.data_ptr()
-        one.gradient, one.gradient_batch, one.gradient_step = (
-            gradient.data_ptr(),
-            gradient.stride(0),
-            gradient.stride(3),
-        )
         first, second = one.norms
+        came = gradient.data_ptr(), gradient.stride(0), gradient.stride(3)
+        one.gradient, one.gradient_batch, one.gradient_step = came
+        second.gradient, second.gradient_batch, second.gradient_place = came
         room, places = carve(*(sizes.batch * sizes.long * sizes.high,) * 2, *(sizes.batch * 3 * sizes.high,) * 2)
         for number, norm in enumerate(one.norms):
-            one.by_hidden[number], norm.samples, norm.by_affine = (
-                places[number],
-                places[2 + number],
-                by_affine[number].data_ptr(),
-            )
+            one.by_hidden[number], norm.samples = places[number], places[2 + number]
+            norm.by_affine = by_affine[number].data_ptr()
             norm.by_x = places[number] + FLOAT * (sizes.kernel // 2) * sizes.high
             norm.by_x_batch, norm.by_x_place = sizes.long * sizes.high, sizes.high
         first.by_scale, first.by_shift, first.by_film_batch = halves(by_film, sizes.high)
         first.gradient_batch, first.gradient_place = sizes.steps * sizes.high, sizes.high
-        second.gradient, second.gradient_batch, second.gradient_place = (
-            one.gradient,
-            one.gradient_batch,
-            one.gradient_step,
-        )
         run(one, sizes, "turned", is_backwards=True)
         del room
         by_first, by_second, by_around = by_weights
@@ -219,7 +210,7 @@ def run(one: Block, sizes: Sizes, name: str, *, is_backwards: bool) -> None:
 
 def carve(*sizes: int) -> tuple[Tensor, list[int]]:
     """Return memory for so many numbers each, and where each lies."""
-    memory = torch.empty(sum(sizes))
+    memory = torch.empty(sum(sizes), **FLOATS)
     return memory, addresses(memory, sizes)
 
 
@@ -231,7 +222,7 @@ def addresses(memory: Tensor, sizes: Sequence[int]) -> list[int]:
 
 def in_rows(x: Tensor) -> Tensor:
     """Return x (B, C, 1, T) with its channels in order."""
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=LAST)
 
 
 def takes(block: Any, x: Tensor) -> bool:
@@ -246,14 +237,17 @@ def takes(block: Any, x: Tensor) -> bool:
     if max(high, second.in_channels) > WIDEST or wide * high > LARGEST or norm.num_groups != norm2.num_groups:
         return False
     layers = block, block.conv1, block.conv2, *pairs, *pairs[0], *pairs[1], around
-    return all(is_same(layer) for layer in (first, second)) and not is_watched(*layers)
+    if not all(map(is_plain_norm, (norm, norm2))) or not all(map(is_same, (first, second))):
+        return False
+    return not is_watched(*layers)
 
 
 def is_same(layer: Conv1d) -> bool:
     """Tell whether a convolution leaves as many moments as it saw, and has a bias."""
     (kernel,), padding = layer.kernel_size, layer.padding
-    plain = layer.stride == (1,) and layer.bias is not None and is_plain(layer)
-    return plain and kernel % 2 == 1 and padding == (kernel // 2,) and layer.weight.dtype == torch.float32
+    if layer.stride != (1,) or kernel % 2 == 0 or padding != (kernel // 2,) or not is_plain(layer):
+        return False
+    return layer.bias is not None and layer.bias.is_contiguous() and layer.weight.dtype == torch.float32
 
 
 def run_block(block: Any, x: Tensor, film: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch.nn import functional
 
 from getiaction.policy.fast import native_blocks
 from getiaction.policy.fast.convolution import MOMENTS, PIXELS, Conv1d, Conv2d, channels_last, is_faster_by_taps
-from getiaction.policy.fast.native_norms import MISH, PLAIN, RELU, find_norms, normalise_batch, normalise_groups
+from getiaction.policy.fast.native_norms import (
+    MISH,
+    PLAIN,
+    RELU,
+    find_norms,
+    is_plain_norm,
+    normalise_batch,
+    normalise_groups,
+)
 from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual, pairs_of, way_around
 from getiaction.policy.fast.taps import convolve_by_taps
 
@@ -43,7 +51,7 @@ def films(layers: Sequence[nn.Linear], cond: Tensor) -> tuple[Tensor, ...]:
 
 def takes(norm: nn.GroupNorm, _: int) -> bool:
     """Tell whether a norm can be done here."""
-    return isinstance(norm.weight, Tensor) and norm.weight.dtype == torch.float32 and norm.bias is not None
+    return is_plain_norm(norm)
 
 
 def convolve_and_normalise(
@@ -70,8 +78,8 @@ def takes_norm(norm: nn.Module) -> bool:
     """Tell whether a norm of pictures can be done here."""
     if type(norm) is nn.BatchNorm2d:
         counts = norm.running_mean is None or norm.momentum is not None
-        return norm.affine and norm.training and counts and norm.weight.dtype == torch.float32
-    return type(norm) is nn.GroupNorm and takes(norm, 0)
+        return norm.training and counts and is_plain_norm(norm)
+    return type(norm) is nn.GroupNorm and is_plain_norm(norm)
 
 
 def run(backbone: nn.Sequential, pictures: Tensor, ranges: None = None) -> Tensor:

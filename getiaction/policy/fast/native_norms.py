@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from getiaction.policy.fast.watch import is_transformed
 
 log = logging.getLogger(__name__)
 PLAIN, MISH, RELU = range(3)
+LAST: torch.memory_format = torch.channels_last
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever somebody's default is
 
 
 class Between(ctypes.Structure):
@@ -75,9 +77,9 @@ class Norms:
         added: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return what comes out of x (B, C, ...), lying as it does, and the moments, as `between` has them."""
-        out = torch.empty_strided(x.shape, x.stride())
+        out = torch.empty_strided(x.shape, x.stride(), **FLOATS)
         (batch, channels, *_), (by_batch, by_place) = x.shape, strides(x)
-        moments = torch.empty((batch, how.groups, 2) if how.groups else (2, channels))
+        moments = torch.empty((batch, how.groups, 2) if how.groups else (2, channels), **FLOATS)
         scale, shift, film_batch = halves(film, channels)
         added_strides = (0, 0) if added is None else strides(added)
         self._run(False, Between(
@@ -107,11 +109,11 @@ class Norms:
         """Return the gradients of x, of start, weight and bias (3, C), of FiLM's values, and of what was added before
         the sum was rectified to `out`.
         """
-        by_x = torch.empty_strided(x.shape, x.stride())
+        by_x = torch.empty_strided(x.shape, x.stride(), **FLOATS)
         (batch, channels, *_), (by_batch, by_place) = x.shape, strides(x)
-        by_affine = torch.empty(3, channels)
+        by_affine = torch.empty(3, channels, **FLOATS)
         by_film = None if film is None else torch.empty_like(film)
-        by_added = None if out is None else torch.empty_strided(out.shape, out.stride())
+        by_added = None if out is None else torch.empty_strided(out.shape, out.stride(), **FLOATS)
         (scale, shift, film_batch), (by_scale, by_shift, by_film_batch) = (
             halves(film, channels),
             halves(by_film, channels),
@@ -131,7 +133,7 @@ class Norms:
 
     def _run(self, is_backwards: bool, one: Between) -> None:
         threads = torch.get_num_threads()
-        scratch = torch.empty(self._scratch_size(threads, one.batch, one.channels))
+        scratch = torch.empty(self._scratch_size(threads, one.batch, one.channels), **FLOATS)
         one.scratch = scratch.data_ptr()
         self._normalise(ctypes.addressof(one), is_backwards, threads)
 
@@ -202,6 +204,15 @@ def learns(x: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and not is_transformed()
 
 
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Tell whether a norm's numbers are there, float32 and in order."""
+    numbers = norm.weight, norm.bias, getattr(norm, "running_mean", norm.bias), getattr(norm, "running_var", norm.bias)
+    if norm.weight is None or norm.bias is None:
+        return False
+    given = [cast(Tensor, one) for one in numbers if one is not None]
+    return all(one.dtype == torch.float32 and one.is_contiguous() for one in given)
+
+
 def at(numbers: Tensor | None) -> int | None:
     """Return where numbers lie."""
     return None if numbers is None else numbers.data_ptr()
@@ -221,7 +232,7 @@ def in_rows(x: Tensor) -> Tensor:
     _, _, height, width = x.shape
     _, channel, down, right = x.stride()
     is_row = height == 1 or width == 1 or down == right * width
-    return x if channel == 1 and is_row else x.contiguous(memory_format=torch.channels_last)
+    return x if channel == 1 and is_row else x.contiguous(memory_format=LAST)
 
 
 def halves(film: Tensor | None, channels: int) -> tuple[int | None, int | None, int]:
