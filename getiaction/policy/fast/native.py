@@ -86,7 +86,7 @@ def find_library() -> Library | None:
     commands = (shlex.split(os.environ.get("CC", "")), ["gcc"], ["cc"], ["clang"])
     found = [[path, *command[1:]] for command in commands if command and (path := shutil.which(command[0]))]
     if not found:
-        log.info("no C compiler is there: a chunk of actions takes longer on this CPU")
+        log.info("no C compiler is there: a chunk of actions, and a training step, take longer on this CPU")
         return None
     try:
         try:
@@ -95,7 +95,7 @@ def find_library() -> Library | None:
             with tempfile.TemporaryDirectory() as folder:
                 return load(found[0], Path(folder))
     except (OSError, RuntimeError, subprocess.SubprocessError, ArithmeticError) as error:
-        log.warning("%s cannot be used (%s): a chunk of actions takes longer on this CPU", SOURCES[0].name, error)
+        log.warning("%s cannot be used (%s): acting and training take longer on this CPU", SOURCES[0].name, error)
         return None
 
 
