@@ -36,29 +36,31 @@ def block_kernels_for(layer: nn.Module, x: Tensor) -> ModuleType | None:
         return kernels_for(layer, x)
     if not layer.by_native or not layer.training or x.ndim != 4:
         return None
-    from getiaction.policy.fast import native_layers, native_norms
-
-    return native_layers if native_norms.learns(x) else None
+    return find_native(x)
 
 
 def film_kernels_for(unet: nn.Module, x: Tensor) -> ModuleType | None:
     """Return what does all FiLM layers of a U-Net as one product: `fused.py` on a GPU, `native_layers.py` on a CPU."""
     if x.device.type != "cpu":
         return kernels_for(unet, x)
-    if not unet.by_native or not unet.training:
-        return None
-    from getiaction.policy.fast import native_layers, native_norms
-
-    return native_layers if native_norms.learns(x) else None
+    return find_native(x) if unet.by_native and unet.training else None
 
 
 def native_block_for(block: nn.Module, x: Tensor) -> ModuleType | None:
     """Return `native_blocks.py` for a U-Net's residual block that learns on a CPU and sees x (B, C, 1, T), or None."""
     if x.device.type != "cpu" or not block.by_native or not block.training or x.ndim != 4:
         return None
-    from getiaction.policy.fast import native_blocks
+    if (native := find_native(x)) is None:
+        return None
+    blocks: ModuleType = native.native_blocks
+    return blocks if blocks.takes(block) else None
 
-    return native_blocks if native_blocks.takes(block, x) else None
+
+def find_native(x: Tensor) -> ModuleType | None:
+    """Return `native_layers.py` where x may be taken: float32 on a CPU, with gradients, and there is a C compiler."""
+    from getiaction.policy.fast import native_layers, native_norms
+
+    return native_layers if native_norms.learns(x) and native_layers.works() else None
 
 
 def picture_kernels_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None:
@@ -94,9 +96,8 @@ def native_pictures_for(backbone: nn.Sequential, x: Tensor) -> ModuleType | None
     """Return `native_layers.py` for a ResNet that learns on a CPU, or None."""
     if not getattr(backbone[0], "by_native", False) or not backbone.training or is_watched(*backbone.modules()):
         return None
-    from getiaction.policy.fast import native_layers, native_norms
-
-    return native_layers if native_norms.learns(x) and native_layers.takes_pictures(backbone) else None
+    native = find_native(x)
+    return native if native is not None and native.takes_pictures(backbone) else None
 
 
 def few_kernels_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from getiaction.policy.fast.activation import Mish
 from getiaction.policy.fast.convolution import Conv1d, is_plain
 from getiaction.policy.fast.native import find_library
-from getiaction.policy.fast.native_norms import FLOATS, LAST, MISH, Between, at, halves, is_plain_norm, learns
+from getiaction.policy.fast.native_norms import FLOATS, LAST, MISH, Between, at, halves, is_plain_norm
 from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
@@ -225,12 +225,12 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous(memory_format=LAST)
 
 
-def takes(block: Any, x: Tensor) -> bool:
+def takes(block: Any) -> bool:
     """Tell whether a block can be done here, and is faster so: as `ResidualBlock` makes it, and nobody listens."""
     pairs, around = (block.conv1.block, block.conv2.block), block.residual_conv
     if any([type(layer) for layer in pair] != [Conv1d, nn.GroupNorm, Mish] for pair in pairs):
         return False
-    if type(around) not in (nn.Identity, Conv1d) or not learns(x):
+    if type(around) not in (nn.Identity, Conv1d):
         return False
     (first, norm, _), (second, norm2, _) = pairs
     wide, high = first.in_channels, first.out_channels
