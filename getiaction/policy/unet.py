@@ -65,7 +65,9 @@ class ConvBlock(nn.Module):
     def kernels(self, x: Tensor) -> ModuleType | None:
         """Return what does what the layers do in one go, while they are as they were made, and nobody listens."""
         fused = block_kernels_for(self, x)
-        if fused is None or [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
+        if fused is None or type(self) is not ConvBlock:
+            return None
+        if [type(layer) for layer in self.block] != [Conv1d, nn.GroupNorm, Mish]:
             return None
         watched = is_watched(self, self.block, *self.block)
         return fused if fused.takes(self.block[1], x.shape[-1]) and not watched else None
@@ -80,10 +82,10 @@ class ResidualBlock(nn.Module):
         self, channels_in: int, channels_out: int, *, cond_dim: int, kernel_size: int, n_groups: int, film_scale: bool
     ) -> None:
         super().__init__()
-        self.film_scale = film_scale
+        self.film_scale, self.film_size = film_scale, channels_out * (2 if film_scale else 1)
         self.conv1 = ConvBlock(channels_in, channels_out, kernel_size=kernel_size, n_groups=n_groups)
         # LeRobot's Mish in here is the same for all blocks: the U-Net does it once
-        self.cond_encoder = nn.Sequential(nn.Identity(), nn.Linear(cond_dim, channels_out * (2 if film_scale else 1)))
+        self.cond_encoder = nn.Sequential(nn.Identity(), nn.Linear(cond_dim, self.film_size))
         self.conv2 = ConvBlock(channels_out, channels_out, kernel_size=kernel_size, n_groups=n_groups)
         same = channels_in == channels_out
         self.residual_conv = nn.Identity() if same else Conv1d(channels_in, channels_out, 1)
@@ -94,9 +96,10 @@ class ResidualBlock(nn.Module):
 
     def modulate(self, x: Tensor, film: Tensor) -> Tensor:
         """Map x (B, C, T) and the values of the FiLM layer, (B, C') or with scales (B, 2C'), to (B, C', T)."""
-        if (native := native_block_for(self, x)) is not None:
+        if (native := native_block_for(self, x, film)) is not None:
             return cast(Tensor, native.run_block(self, x, film))
-        if (fused := self.conv1.kernels(x)) is not None and self.conv2.kernels(x) is not None:
+        fits = film.shape == (len(x), self.film_size)  # what PyTorch broadcasts, or refuses, is left to it
+        if fits and (fused := self.conv1.kernels(x)) is not None and self.conv2.kernels(x) is not None:
             first, second = self.conv1.block, self.conv2.block
             hidden = fused.convolve_and_normalise(first[0], first[1], x, film)
             return fused.convolve_and_normalise(second[0], second[1], hidden, residual=self.residual_conv(x))
@@ -262,6 +265,8 @@ class ConditionalUnet1d(nn.Module):
         layers = [block.cond_encoder for block in blocks]
         ours = all(type(block) is ResidualBlock for block in blocks)
         if not ours or any([type(one) for one in layer] != [nn.Identity, nn.Linear] for layer in layers):
+            return None
+        if any(layer[1].bias is None for layer in layers):
             return None
         own = (one for layer in layers for one in (layer, *layer))
         return None if is_watched(*blocks, *own) else fused

@@ -46,14 +46,14 @@ def film_kernels_for(unet: nn.Module, x: Tensor) -> ModuleType | None:
     return find_native(x) if unet.by_native and unet.training else None
 
 
-def native_block_for(block: nn.Module, x: Tensor) -> ModuleType | None:
+def native_block_for(block: nn.Module, x: Tensor, film: Tensor) -> ModuleType | None:
     """Return `native_blocks.py` for a U-Net's residual block that learns on a CPU and sees x (B, C, 1, T), or None."""
     if x.device.type != "cpu" or not block.by_native or not block.training or x.ndim != 4:
         return None
     if (native := find_native(x)) is None:
         return None
     blocks: ModuleType = native.native_blocks
-    return blocks if blocks.takes(block) else None
+    return blocks if blocks.takes(block, x, film) else None
 
 
 def find_native(x: Tensor) -> ModuleType | None:

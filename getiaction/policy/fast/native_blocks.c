@@ -12,7 +12,8 @@ typedef struct {
     int64_t in, out, kernel;                     // C, C', k
     int64_t out_stride, in_stride, tap_stride;   // of the weight
     float *panels, *turned;                      // of the weight, and of it transposed with its taps turned round
-    float *by_weight;                            // lies as the weight does
+    float *by_weight;
+    int64_t by_out_stride, by_in_stride, by_tap_stride; // of that
 } convolution;
 
 typedef struct {
@@ -120,9 +121,9 @@ static void weigh(const convolution *one, const float *by_out, int64_t out_batch
         }
         for (int64_t c = 0; c < count; c++) {
             const float *sum = (const float *)sums[c / TALL] + c % TALL * PANEL;
-            float *to = one->by_weight + (first + c) * one->out_stride;
+            float *to = one->by_weight + (first + c) * one->by_out_stride;
             for (int64_t i = 0, at = tap, channel = column % one->in; i < columns; i++) {
-                to[at * one->tap_stride + channel * one->in_stride] = sum[i];
+                to[at * one->by_tap_stride + channel * one->by_in_stride] = sum[i];
                 if (++channel == one->in) channel = 0, at++;
             }
         }

@@ -17,13 +17,22 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from getiaction.policy.fast.activation import Mish
 from getiaction.policy.fast.convolution import Conv1d, is_plain
 from getiaction.policy.fast.native import find_library
-from getiaction.policy.fast.native_norms import FLOATS, LAST, MISH, Between, at, halves, is_plain_norm
+from getiaction.policy.fast.native_norms import (
+    FLOATS,
+    LAST,
+    MISH,
+    Between,
+    at,
+    halves,
+    is_plain_norm,
+    is_plain_tensor,
+    once,
+)
 from getiaction.policy.fast.watch import is_watched
 
 log = logging.getLogger(__name__)
@@ -39,6 +48,7 @@ class Convolution(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("channels", "out_channels", "kernel")),
         *((name, ctypes.c_int64) for name in ("out_stride", "in_stride", "tap_stride")),
         *((name, ctypes.c_void_p) for name in ("panels", "turned", "by_weight")),
+        *((name, ctypes.c_int64) for name in ("by_out_stride", "by_in_stride", "by_tap_stride")),
     )
 
 
@@ -122,9 +132,10 @@ class _Block(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, film, kept, *weights), gradient = ctx.saved_tensors, in_rows(gradients[0])
+        x, film = in_rows(x), film if film.stride(-1) == 1 else film.contiguous()  # hooks may have saved them otherwise
         one, sizes = describe(x, film, ctx.how, weights)
         place(one, sizes, addresses(kept, sizes.kept()))
         by_x = None
@@ -134,7 +145,9 @@ class _Block(torch.autograd.Function):
         by_bias = torch.empty(sizes.high, **FLOATS)
         by_weights = [None if weight is None else torch.empty_like(weight) for weight in weights[::4]]
         for layer, by_weight in zip((one.first, one.second, one.around), by_weights, strict=True):
-            layer.by_weight = at(by_weight)
+            if by_weight is not None:
+                layer.by_weight = by_weight.data_ptr()
+                layer.by_out_stride, layer.by_in_stride, layer.by_tap_stride = by_weight.stride()
         one.by_x, one.by_bias = at(by_x), by_bias.data_ptr()
         first, second = one.norms
         came = gradient.data_ptr(), gradient.stride(0), gradient.stride(3)
@@ -222,32 +235,41 @@ def addresses(memory: Tensor, sizes: Sequence[int]) -> list[int]:
 
 def in_rows(x: Tensor) -> Tensor:
     """Return x (B, C, 1, T) with its channels in order."""
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=LAST)
+    return x if x.stride(1) == 1 and 0 not in x.stride() else x.contiguous(memory_format=LAST)
 
 
-def takes(block: Any) -> bool:
+def takes(block: Any, x: Tensor, film: Tensor) -> bool:
     """Tell whether a block can be done here, and is faster so: as `ResidualBlock` makes it, and nobody listens."""
-    pairs, around = (block.conv1.block, block.conv2.block), block.residual_conv
+    from getiaction.policy.unet import ConvBlock, ResidualBlock
+
+    around = block.residual_conv
+    if [type(one) for one in (block, block.conv1, block.conv2)] != [ResidualBlock, ConvBlock, ConvBlock]:
+        return False
+    pairs = block.conv1.block, block.conv2.block
     if any([type(layer) for layer in pair] != [Conv1d, nn.GroupNorm, Mish] for pair in pairs):
         return False
-    if type(around) not in (nn.Identity, Conv1d):
-        return False
     (first, norm, _), (second, norm2, _) = pairs
-    wide, high = first.in_channels, first.out_channels
-    if max(high, second.in_channels) > WIDEST or wide * high > LARGEST or norm.num_groups != norm2.num_groups:
+    high, wide, kernel = first.weight.shape
+    if high > WIDEST or wide * high > LARGEST or kernel % 2 == 0 or norm.num_groups != norm2.num_groups:
         return False
-    layers = block, block.conv1, block.conv2, *pairs, *pairs[0], *pairs[1], around
-    if not all(map(is_plain_norm, (norm, norm2))) or not all(map(is_same, (first, second))):
+    if x.shape[1:3] != (wide, 1) or film.shape != (len(x), high * (1 + block.film_scale)) or not is_plain_tensor(film):
         return False
-    return not is_watched(*layers)
+    if not is_same(first, (high, wide, kernel)) or not is_same(second, (high, high, kernel)):
+        return False
+    if not all(norm.num_channels == high and is_plain_norm(norm) for norm in (norm, norm2)):
+        return False
+    is_added = type(around) is nn.Identity and wide == high
+    if not is_added and not (type(around) is Conv1d and is_same(around, (high, wide, 1))):
+        return False
+    return not is_watched(block, block.conv1, block.conv2, *pairs, *pairs[0], *pairs[1], around)
 
 
-def is_same(layer: Conv1d) -> bool:
-    """Tell whether a convolution leaves as many moments as it saw, and has a bias."""
-    (kernel,), padding = layer.kernel_size, layer.padding
-    if layer.stride != (1,) or kernel % 2 == 0 or padding != (kernel // 2,) or not is_plain(layer):
+def is_same(layer: Conv1d, shape: tuple[int, int, int]) -> bool:
+    """Tell whether a convolution of this shape, (C', C, k), leaves as many moments as it saw, and has a bias."""
+    if layer.stride != (1,) or layer.padding != (shape[2] // 2,) or not is_plain(layer) or layer.weight.shape != shape:
         return False
-    return layer.bias is not None and layer.bias.is_contiguous() and layer.weight.dtype == torch.float32
+    bias = layer.bias
+    return is_plain_tensor(layer.weight) and bias is not None and is_plain_tensor(bias) and bias.is_contiguous()
 
 
 def run_block(block: Any, x: Tensor, film: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from getiaction.policy.fast import native_blocks
 from getiaction.policy.fast.convolution import MOMENTS, PIXELS, Conv1d, Conv2d, channels_last, is_faster_by_taps
 from getiaction.policy.fast.native_norms import (
+    FLOATS,
     MISH,
     PLAIN,
     RELU,
@@ -63,6 +64,8 @@ def convolve_and_normalise(
         hidden = convolve_by_taps(x, weight, None, *window)
     else:
         hidden, start = layer(x), None
+    if hidden.shape[1] != norm.num_channels or (residual is not None and residual.shape != hidden.shape):
+        return plainly(norm, MISH, x=hidden, start=start, film=film, added=residual)  # which says what does not fit
     return normalise_groups(norm, hidden, start, film, residual, activation=MISH)
 
 
@@ -142,9 +145,9 @@ def compare() -> None:
     """
     draw, batch, channels = torch.Generator().manual_seed(0), 3, 40
     shapes = {"x": (batch, channels, 1, 19), "start": (channels,), "film": (batch, 2 * channels)}
-    drawn = {name: torch.randn(shape, generator=draw, device="cpu").requires_grad_() for name, shape in shapes.items()}
-    drawn["added"] = torch.randn(shapes["x"], generator=draw, device="cpu").requires_grad_()
-    norms = nn.GroupNorm(4, channels, device="cpu"), nn.BatchNorm2d(channels, device="cpu")
+    shapes["added"] = shapes["x"]
+    drawn = {name: torch.randn(shape, generator=draw, **FLOATS).requires_grad_() for name, shape in shapes.items()}
+    norms = nn.GroupNorm(4, channels, **FLOATS), nn.BatchNorm2d(channels, **FLOATS)
     for norm, activation, names in (
         (norms[0], MISH, ("x", "start", "film")),
         (norms[0], MISH, ("x", "added")),
@@ -180,7 +183,7 @@ def plainly(
     if activation == MISH:
         hidden = functional.mish(hidden)
         if film is not None:
-            scale, shift = film[..., None, None].chunk(2, dim=1)
-            hidden = scale * hidden + shift
+            *scale, shift = film[..., None, None].split(hidden.shape[1], dim=1)
+            hidden = scale[0] * hidden + shift if scale else hidden + shift
     hidden = hidden if added is None else hidden + added
     return functional.relu(hidden) if activation == RELU else hidden

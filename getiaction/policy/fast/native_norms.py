@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.watch import is_transformed
@@ -138,6 +138,21 @@ class Norms:
         self._normalise(ctypes.addressof(one), is_backwards, threads)
 
 
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let gradients be computed, but not theirs in turn, with an error that says so."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "what learns in C has no second derivative, which create_graph=True asks for: "
+                "use hardware.convolutions=library, or do without `use_native`"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _Normalise(torch.autograd.Function):
     """Add `start` (C,) to x (B, C, ...), normalise, and go on as `How` says."""
 
@@ -153,6 +168,7 @@ class _Normalise(torch.autograd.Function):
         how: How,
     ) -> Tensor:
         x, added = in_rows(x), None if added is None else in_rows(added)
+        start = None if start is None else start.contiguous()
         film = film if film is None or film.stride(-1) == 1 else film.contiguous()
         out, moments = found().forwards(how, x, start, weight, bias, film, added)
         ctx.adds, ctx.how = added is not None, how
@@ -161,10 +177,13 @@ class _Normalise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = in_rows(gradients[0])
-        by_x, by_affine, by_film, by_added = found().backwards(ctx.how, gradient, *ctx.saved_tensors)
+        x, start, weight, bias, film, moments, out = ctx.saved_tensors
+        x, out = in_rows(x), None if out is None else in_rows(out)  # hooks may have saved them otherwise
+        film = film if film is None or film.stride(-1) == 1 else film.contiguous()
+        given = in_rows(gradients[0]), x, start, weight, bias, film, moments.contiguous(), out
+        by_x, by_affine, by_film, by_added = found().backwards(ctx.how, *given)
         by_start, by_weight, by_bias = by_affine.unbind()
         by_added = gradients[0] if ctx.adds and not ctx.rectified_sum else by_added
         return by_x, by_start if ctx.needs_input_grad[1] else None, by_weight, by_bias, by_film, by_added, None
@@ -199,7 +218,7 @@ def normalise_batch(norm: nn.BatchNorm2d, x: Tensor, added: Tensor | None = None
 
 def learns(x: Tensor) -> bool:
     """Tell whether x (B, C, ...) may be taken: float32 on a CPU, with gradients."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not len(x) or not torch.is_grad_enabled():
+    if not is_plain_tensor(x) or not x.numel() or not torch.is_grad_enabled():
         return False
     return not torch.is_autocast_enabled("cpu") and not is_transformed()
 
@@ -210,7 +229,12 @@ def is_plain_norm(norm: nn.Module) -> bool:
     if norm.weight is None or norm.bias is None:
         return False
     given = [cast(Tensor, one) for one in numbers if one is not None]
-    return all(one.dtype == torch.float32 and one.is_contiguous() for one in given)
+    return all(is_plain_tensor(one) and one.is_contiguous() for one in given)
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Tell whether numbers lie in memory as they are: float32 on a CPU, and nobody's own kind of tensor."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_neg()
 
 
 def at(numbers: Tensor | None) -> int | None:
@@ -232,7 +256,7 @@ def in_rows(x: Tensor) -> Tensor:
     _, _, height, width = x.shape
     _, channel, down, right = x.stride()
     is_row = height == 1 or width == 1 or down == right * width
-    return x if channel == 1 and is_row else x.contiguous(memory_format=LAST)
+    return x if channel == 1 and is_row and 0 not in x.stride() else x.contiguous(memory_format=LAST)
 
 
 def halves(film: Tensor | None, channels: int) -> tuple[int | None, int | None, int]:

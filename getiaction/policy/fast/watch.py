@@ -89,5 +89,5 @@ def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def is_watched(*layers: nn.Module) -> bool:
-    """Tell whether somebody listens to one of these layers."""
-    return any(GLOBAL_HOOKS) or any(any(hooks_of(layer)) for layer in layers)
+    """Tell whether somebody listens to one of these layers, or put a function of his own in place of its `forward`."""
+    return any(GLOBAL_HOOKS) or any("forward" in vars(layer) or any(hooks_of(layer)) for layer in layers)

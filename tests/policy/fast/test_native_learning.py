@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder
 from getiaction.policy.fast import native, native_blocks, native_layers, native_norms
-from getiaction.policy.fast.convolution import use_taps
+from getiaction.policy.fast.convolution import Conv1d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.native_norms import MISH, PLAIN, RELU
-from getiaction.policy.unet import ResidualBlock
+from getiaction.policy.unet import ConvBlock, ResidualBlock
 
 GROUPS = {"some": 4, "one": 1, "each channel": 24}
 ORDERS = {"samples outermost": (0, 2, 3, 1), "places outermost": (2, 3, 0, 1), "channels first": (0, 1, 2, 3)}
@@ -256,6 +256,11 @@ def listen(block: ResidualBlock) -> None:
     block.conv2.block[1].register_forward_hook(lambda *_: None)
 
 
+def replace_forward(block: ResidualBlock) -> None:
+    layer = block.conv1.block[0]
+    layer.forward = lambda x: 0 * nn.Conv1d.forward(layer, x[:, :, 0])[:, :, None]  # type: ignore[method-assign]
+
+
 def replace_norm(block: ResidualBlock) -> None:
     block.conv2.block[1] = nn.Sequential(block.conv2.block[1])
 
@@ -264,20 +269,132 @@ def replace_activation(block: ResidualBlock) -> None:
     block.conv1.block[2] = nn.Mish()
 
 
-@pytest.mark.parametrize("change", [listen, replace_norm, replace_activation, nn.Module.eval, nn.Module.double])
+def replace_block(block: ResidualBlock) -> None:
+    class Doubled(ConvBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    block.conv1.__class__ = Doubled
+
+
+def replace_second(block: ResidualBlock) -> None:
+    block.conv2.block[0] = Conv1d(24, 24, 3, padding=1)
+
+
+def leave_out_a_bias(block: ResidualBlock) -> None:
+    block.residual_conv = Conv1d(16, 24, 1, bias=False)
+
+
+def widen_residual(block: ResidualBlock) -> None:
+    block.residual_conv = Conv1d(16, 24, 3, padding=1)
+
+
+def expand_a_bias(block: ResidualBlock) -> None:
+    assert isinstance(block.residual_conv, Conv1d)
+    block.residual_conv.bias = nn.Parameter(torch.randn(1).expand(24))
+
+
+CHANGES: list[Callable[[ResidualBlock], Any]] = [
+    listen, replace_forward, replace_norm, replace_activation, replace_block, replace_second, leave_out_a_bias,
+    widen_residual, expand_a_bias, nn.Module.eval, nn.Module.double,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_a_plain_block_that_learns_is_left_to_pytorch(
     change: Callable[[ResidualBlock], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = make_block(16, 24)
-    use_native(block)
     change(block)
-    calls = count(monkeypatch, native_blocks, "run_block")
     dtype = block.conv1.block[0].weight.dtype
-    block.modulate(
-        torch.randn(2, 16, 1, 4, dtype=dtype).contiguous(memory_format=torch.channels_last),
-        torch.randn(2, 48, dtype=dtype),
-    )
+    x, film = torch.randn(2, 16, 1, 4, dtype=dtype), torch.randn(2, 48, dtype=dtype)
+    plain = block.modulate(x.contiguous(memory_format=torch.channels_last), film)
+    use_native(block)
+    calls = count(monkeypatch, native_blocks, "run_block")
+    found = block.modulate(x.contiguous(memory_format=torch.channels_last), film)  # norms by C, where they may be
+    torch.testing.assert_close(found, plain)
     assert calls == []
+
+
+def test_what_is_no_plain_input_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make_block(16, 24)
+    use_native(block)
+    calls = count(monkeypatch, native_blocks, "run_block")
+    x, film = torch.randn(3, 16, 1, 8).contiguous(memory_format=torch.channels_last), torch.randn(3, 48)
+    torch.testing.assert_close(block.modulate(x, film[:1]), block.modulate(x, film[:1].expand(3, 48).clone()))
+    assert len(calls) == 1  # the second
+    for wrong in ((x, film[:, :24]), (x[:, :8], film), (x[..., :0], film)):
+        with pytest.raises((RuntimeError, ValueError)):
+            block.modulate(*wrong)
+    turned = torch._neg_view(x)
+    torch.testing.assert_close(block.modulate(turned, film), block.modulate(turned.clone(), film))
+    assert block.modulate(x.repeat(1, 1, 2, 1), film).shape == (3, 24, 2, 8)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("how", ["sliced", "expanded", "transposed"])
+def test_weights_may_lie_anyhow(how: str) -> None:
+    block = make_block(16, 24)
+    layer = block.conv1.block[0]
+    if how == "sliced":
+        room = torch.zeros(24, 16, 10)
+        room[..., ::2] = layer.weight.data
+        layer.weight = nn.Parameter(room[..., ::2])
+    elif how == "expanded":
+        layer.weight = nn.Parameter(torch.randn(24, 16, 1).expand(24, 16, 5))
+    else:
+        layer.weight.data = layer.weight.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    usual = block_passes(block, 4, 3, torch.float32, "samples outermost")
+    exact = block_passes(copy.deepcopy(block).double(), 4, 3, torch.float64, "samples outermost")
+    use_native(block)
+    for _ in range(20):  # a write next to a gradient would be found out sooner or later
+        found = block_passes(block, 4, 3, torch.float32, "samples outermost")
+    assert_rounding_only(found, usual, exact)
+
+
+def test_what_is_kept_may_come_back_lying_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch.autograd.graph.save_on_cpu` may have it."""
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, down_dims=(16, 32)).train()
+    use_native(unet)
+    actions, cond, timesteps = torch.randn(4, 8, 3), torch.randn(4, 5), torch.arange(4)
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(unet(actions, timesteps, cond).square().sum(), list(unet.parameters())))
+
+    kept = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().contiguous(), lambda x: x):
+        packed = gradients()
+    for one, other in zip(kept, packed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_film_layer_without_a_bias_is_left_to_pytorch() -> None:
+    torch.manual_seed(0)
+    unet = ConditionalUnet1d(action_dim=3, cond_dim=5, down_dims=(16, 32)).train()
+    unet.blocks()[0].cond_encoder[1] = nn.Linear(133, 32, bias=False)
+    given = torch.randn(4, 8, 3), torch.arange(4), torch.randn(4, 5)
+    plain = unet(*given)
+    use_native(unet)
+    torch.testing.assert_close(unet(*given), plain)
+
+
+def test_second_derivatives_are_refused() -> None:
+    block = make_block(16, 24)
+    use_native(block)
+    x, film = torch.randn(2, 16, 1, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 48)
+    out = block.modulate(x.requires_grad_(), film)
+    with pytest.raises(RuntimeError, match=r"has no second derivative.*hardware.convolutions=library"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_the_trial_is_in_float32_whatever_the_default_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    native_layers.works.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert native_layers.works()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_hook_sees_what_it_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
