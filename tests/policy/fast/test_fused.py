@@ -167,7 +167,8 @@ def fused(monkeypatch: pytest.MonkeyPatch, without_tf32: None) -> ModuleType:
 
     if INTERPRETED:
         monkeypatch.setattr(convolution, "kernels_for", find)
-        monkeypatch.setattr(unet, "kernels_for", find)
+        for finder in ("block_kernels_for", "film_kernels_for"):
+            monkeypatch.setattr(unet, finder, find)
     return found
 
 
