@@ -39,6 +39,11 @@ def trained(precision: str) -> Callable[[Any], Ratios]:
     }
 
 
+def only(preset: str, read: Callable[[Any], Ratios]) -> Callable[[Any], Ratios]:
+    """Return what reads one preset of a log."""
+    return lambda log: {preset: read(log)[preset]}
+
+
 def acted(how: str) -> Callable[[Any], Ratios]:
     """Return what reads a log of `benchmarks.inference`."""
     return lambda log: {entry["preset"]: entry["ratio"][how] for entry in log["results"] if how in entry["ratio"]}
@@ -68,7 +73,8 @@ def acted_on_gpu(log: Any) -> Ratios:
 TRAINING = (
     Series("float32", AVX512, "o", "train_heap-2026-11-25.json", trained("no")),
     Series("bf16", AVX512, "D", "train_heap-2026-11-25.json", trained("bf16")),
-    Series("float32", AVX2, "o", "train_amd-2026-11-27.json", trained("no")),
+    Series("float32", AVX2, "o", "train_blocks-2026-11-28.json", trained("no")),
+    Series("float32", AVX2, "o", "train-2026-11-28.json", only("pusht_keypoints", trained("no"))),  # else disturbed
     Series("float32", INTEL, "o", "train_taps-2026-11-26.json", trained("no")),
     Series("bf16, both", H200, "D", "gpu_h200_streams-2026-11-27.json", trained_on_gpu),
 )
@@ -89,9 +95,9 @@ def draw(axes: Axes, title: str, series: tuple[Series, ...]) -> None:
     presets = list(dict.fromkeys(preset for _, ratios in found for preset in ratios))
     for number, (one, ratios) in enumerate(found):
         places = [presets.index(preset) + 0.5 * (number + 0.5) / len(found) - 0.25 for preset in ratios]
-        axes.plot(
-            [*ratios.values()], places, one.marker, color=COLORS[one.machine], label=f"{one.machine}: {one.label}"
-        )
+        label = f"{one.machine}: {one.label}"
+        known = label in axes.get_legend_handles_labels()[1]
+        axes.plot([*ratios.values()], places, one.marker, color=COLORS[one.machine], label=None if known else label)
     for row in range(1, len(presets)):
         axes.axhline(row - 0.5, color="0.9", zorder=0)
     axes.axvline(1, color="0.3", linewidth=1, zorder=0)
