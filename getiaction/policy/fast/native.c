@@ -126,20 +126,12 @@ static void copy(const operation *one, int64_t part, int64_t parts) {
 
 // Do one denoising step: all operations, in the order of their phases, with FiLM's values of this step.
 void run(const operation *operations, int64_t count, int64_t number, int64_t threads) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        int64_t part = 0, parts = 1;
-#ifdef _OPENMP
-        part = omp_get_thread_num(), parts = omp_get_num_threads();
-#endif
+    IN_PARALLEL {
+        PART
         for (int64_t i = 0; i < count; i++) {
             operation one = operations[i];
             if (i && one.phase != operations[i - 1].phase) {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+                WAIT
             }
             if (one.scale) one.scale += number * one.film_number;
             if (one.shift) one.shift += number * one.film_number;

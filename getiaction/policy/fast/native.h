@@ -17,9 +17,14 @@
 #define MANY 64          // rows whose sums are kept at once
 typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
 
+// What follows IN_PARALLEL is done by each thread, which then knows what its part is; WAIT lets them wait for each other.
 #ifdef _OPENMP
+#define IN_PARALLEL _Pragma("omp parallel num_threads(threads) if (threads > 1)")
+#define PART int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
 #define WAIT _Pragma("omp barrier")
 #else
+#define IN_PARALLEL
+#define PART int64_t part = 0, parts = 1;
 #define WAIT
 #endif
 

@@ -190,14 +190,8 @@ void run_block(const block *one, int64_t is_backwards, int64_t threads) {
     const convolution *all[] = {&one->first, &one->second, &one->around};
     int64_t steps = one->steps, edge = one->first.kernel / 2, long_steps = steps + 2 * edge;
     int64_t in = one->first.in, out = one->first.out, some = SOME / steps > 0 ? SOME / steps : 1;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        int64_t part = 0, parts = 1;
-#ifdef _OPENMP
-        part = omp_get_thread_num(), parts = omp_get_num_threads();
-#endif
+    IN_PARALLEL {
+        PART
         float *scratch = one->scratch + part * block_scratch(steps, out);
         for (int i = 0; i < 3; i++)
             if (all[i]->weight && (!is_backwards || i == 1 || one->by_x)) lay(all[i], (int)is_backwards, part, parts);

@@ -9,7 +9,6 @@ where channels lie last, are multiplied where they lie, without padding.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
@@ -35,7 +34,6 @@ from getiaction.policy.fast.native_norms import (
 )
 from getiaction.policy.fast.watch import is_watched
 
-log = logging.getLogger(__name__)
 FLOAT = 4  # bytes
 WIDEST, LARGEST = 256, 2**16  # channels, and channels times channels, up to which it was faster: benchmarks/NOTES.md
 
@@ -76,8 +74,7 @@ class Blocks:
         for one in (self.panel_numbers, self.scratch_size):
             one.argtypes, one.restype = (ctypes.c_int64, ctypes.c_int64), ctypes.c_int64
         functions.block_size.restype = ctypes.c_int64
-        if functions.block_size() != ctypes.sizeof(Block):
-            raise OSError("native_blocks.c is not of this version")
+        assert functions.block_size() == ctypes.sizeof(Block)
 
     def run(self, one: Block, *, is_backwards: bool, threads: int) -> None:
         """Do a block forwards or backwards."""
@@ -290,13 +287,7 @@ def found() -> Blocks:
 @cache
 def find_blocks() -> Blocks | None:
     """Return the compiled operations, or None where they cannot be had."""
-    if (library := find_library()) is None:
-        return None
-    try:
-        return Blocks(library.functions)
-    except (OSError, AttributeError) as error:
-        log.warning("native_blocks.c cannot be used (%s): training takes longer on this CPU", error)
-        return None
+    return None if (library := find_library()) is None else Blocks(library.functions)
 
 
 def compare() -> None:

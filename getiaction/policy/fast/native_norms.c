@@ -289,14 +289,8 @@ void add_samples(const between *one, int64_t first, int64_t from, int64_t to) {
 void normalise(const between *given, int64_t is_backwards, int64_t threads) {
     between one = *given;
     one.samples = one.scratch + threads * OWN_ROWS * one.channels;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        int64_t part = 0, parts = 1;
-#ifdef _OPENMP
-        part = omp_get_thread_num(), parts = omp_get_num_threads();
-#endif
+    IN_PARALLEL {
+        PART
         float *scratch = one.scratch + part * OWN_ROWS * one.channels;
         int64_t first = one.batch * part / parts, last = one.batch * (part + 1) / parts;
         int64_t from = one.channels * part / parts, to = one.channels * (part + 1) / parts;

@@ -8,7 +8,6 @@ samples and places in any order around them: a convolution by taps leaves (h, w,
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, NamedTuple, cast
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.watch import is_transformed
 
-log = logging.getLogger(__name__)
 PLAIN, MISH, RELU = range(3)
 LAST: torch.memory_format = torch.channels_last
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever somebody's default is
@@ -63,8 +61,7 @@ class Norms:
         self._normalise.argtypes, self._normalise.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
         self._scratch_size.argtypes, self._scratch_size.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
         functions.between_size.restype = ctypes.c_int64
-        if functions.between_size() != ctypes.sizeof(Between):
-            raise OSError("native_norms.c is not of this version")
+        assert functions.between_size() == ctypes.sizeof(Between)
 
     def forwards(
         self,
@@ -276,11 +273,5 @@ def found() -> Norms:
 
 @cache
 def find_norms() -> Norms | None:
-    """Return the compiled operations, or None where they cannot be had, or compute something else than PyTorch's."""
-    if (library := find_library()) is None:
-        return None
-    try:
-        return Norms(library.functions)
-    except (OSError, AttributeError) as error:
-        log.warning("native_norms.c cannot be used (%s): training takes longer on this CPU", error)
-        return None
+    """Return the compiled operations, or None where they cannot be had."""
+    return None if (library := find_library()) is None else Norms(library.functions)
