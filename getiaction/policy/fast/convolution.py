@@ -94,7 +94,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return x (B, C, 1, T) as the library wants it, where its channels lie last, but samples not first."""
+    """Return x (B, C, h, w) as the library wants it, where its channels lie last, but samples not first."""
     return x.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 else x
 
 

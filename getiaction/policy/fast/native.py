@@ -109,10 +109,8 @@ def load(compiler: list[str], folder: Path) -> Library:
     fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     cpu = [read_cpu(field) for field in fields]
     machine = (platform.machine(), platform.libc_ver(), cpu, platform.node() if not any(cpu[1:3]) else None)
-    content = (
-        b"".join(path.read_bytes() for path in (*SOURCES, HEADER)) + repr((FAST, WAYS, compiler, machine)).encode()
-    )
-    name = hashlib.sha256(content).hexdigest()[:32]
+    sources = [path.read_bytes() for path in (*SOURCES, HEADER)]
+    name = hashlib.sha256(repr((sources, FAST, WAYS, compiler, machine)).encode()).hexdigest()[:32]
     for path in folder.glob(f"{name}-*.so"):
         if is_whole(path):
             try:
@@ -148,18 +146,8 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own) / "made.so"
         for way in ways:
-            command = [
-                *compiler,
-                *FAST,
-                *way,
-                "-shared",
-                "-fPIC",
-                f"-I{HEADER.parent}",
-                *map(str, SOURCES),
-                "-o",
-                str(made),
-                "-lm",
-            ]
+            flags = *FAST, *way, "-shared", "-fPIC", f"-I{HEADER.parent}"
+            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"]
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
             )

@@ -1,4 +1,4 @@
-// What lies between two convolutions of a network that learns: group norm, an activation, FiLM or what is added, and
+// What lies between two convolutions of a network that learns: a norm, an activation, FiLM or what is added, and
 // their gradients. Channels lie in order; places (moments, pixels) are rows of them. Each sample is the work of one
 // thread, so numbers are the same for any number of threads.
 #include "native.h"
