@@ -53,12 +53,19 @@ def launch_processes(config: Config, folder: Path) -> dict[str, float]:
     ]
     elsewhere = f" on each of {hardware.num_nodes} machines" if hardware.num_nodes > 1 else ""
     log.info("starting %d processes%s", hardware.num_processes, elsewhere)
-    threads = max(count_cores() // hardware.num_processes, 1)  # torchrun's choice is 1
-    if code := run_and_forward_signals(command, {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1"}):
+    if code := run_and_forward_signals(command, environment_for(hardware)):
         if in_sweep() and code < 128:
             raise TrainingError(f"a process of {folder} ended with {code}; what it said is above")
         sys.exit(code)
     return {key: value for line in read_metrics(folder) for key, value in line.items()}
+
+
+def environment_for(hardware: HardwareConfig) -> dict[str, str]:
+    """Return the environment of the processes: this one's, and where they compute."""
+    threads = max(count_cores() // hardware.num_processes, 1)  # torchrun's choice is 1
+    # torch.distributed's barrier takes the GPU of each process's rank, even on the CPU; there may be fewer
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if hardware.device == "cpu" else {}
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: "1", **hidden}
 
 
 def overrides_for(config: Config, folder: Path) -> list[str]:

@@ -68,8 +68,7 @@ def start_accelerator(config: Config, folder: Path) -> Accelerator:
     allow_tf32(hardware.tf32)
     torch.backends.cudnn.benchmark = True
     if hardware.device == "cpu" and "WORLD_SIZE" in os.environ:
-        # torch.distributed's barrier takes the GPU of each process's rank, even on the CPU; there may be fewer
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as `environment_for` does, for who starts them by torchrun himself
     on_cpu = hardware.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu:
         keep_freed_memory()

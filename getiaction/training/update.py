@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from getiaction.data.gather import Batch
 from getiaction.policy.fast.casts import shadows_of
 from getiaction.policy.fast.replay import Replay
-from getiaction.policy.fast.watch import is_watched
+from getiaction.policy.fast.watch import has_hooks, is_watched
 from getiaction.training.stepper import Stepper
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,11 @@ class Update:
             weights: of the micro-batches in their mean.
         """
         if self.replay is None and self.replays:
-            self.replays = not is_watched(*self.model.modules())
+            self.replays = not is_listened_to(self.model)
+            if not self.replays:
+                log.warning(
+                    "warning: a hook, or a replaced forward, keeps steps from being CUDA graphs: they are slower"
+                )
         if not self.replays or set(weights) != {1.0}:  # others change from step to step
             loss = self._compute(parts, weights)
             self.optimizer.step()
@@ -179,6 +187,14 @@ class Rates:
         finally:
             for group, (number, capturable) in zip(groups, before, strict=True):
                 group.update(lr=number, capturable=capturable)
+
+
+def is_listened_to(model: nn.Module) -> bool:
+    """Tell whether somebody listens to a layer, or replaced its `forward`; Accelerate, which casts, does not count."""
+    outer, *layers = model.modules()
+    own = getattr(vars(outer).get("_original_forward"), "__func__", None)
+    casts = own is type(outer).forward and isinstance(getattr(outer.forward, "__wrapped__", None), ConvertOutputsToFp32)
+    return is_watched(*layers) or (has_hooks(outer) if casts else is_watched(outer))
 
 
 def can_replay(accelerator: Accelerator) -> bool:

@@ -20,6 +20,7 @@ import yaml
 from composing import compose
 from safetensors.torch import load_file
 
+from getiaction.config.launch import environment_for
 from getiaction.config.resume import resumed_config
 from getiaction.errors import InputError
 from getiaction.training.metrics import read_metrics
@@ -50,6 +51,14 @@ def test_two_processes_equal_one(tiny: Any, helpers: Any, tmp_path: Path, alone:
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000002", "000004", "000006", "last"}
     assert_close_weights(folder, alone)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+@pytest.mark.parametrize(("device", "hidden"), [("cpu", ""), ("auto", None)])
+def test_processes_on_the_cpu_see_no_gpu(monkeypatch: pytest.MonkeyPatch, device: str, hidden: str | None) -> None:
+    """A barrier would take one for each, and there may be fewer."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    hardware = compose(["+preset=pusht_cpu", *TWO, f"hardware.device={device}"]).hardware
+    assert environment_for(hardware).get("CUDA_VISIBLE_DEVICES") == hidden
 
 
 MULTIGPU = (  # the preset for four GPUs, reduced: batch norm over all processes, two micro-batches a step

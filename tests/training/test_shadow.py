@@ -27,6 +27,9 @@ from getiaction.training.ema import Ema
 from getiaction.training.loop import Trainer
 
 CUDA = torch.device("cuda", 0)
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a real GPU tells itself, and does not work any more after this"
+)
 
 
 class RealOnCpu(TorchDispatchMode):

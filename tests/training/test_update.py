@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from getiaction.config import run
@@ -15,7 +18,7 @@ from getiaction.training.checkpoint import read_average, read_state
 from getiaction.training.metrics import read_metrics
 from getiaction.training.resume import resume
 from getiaction.training.stepper import Stepper
-from getiaction.training.update import Rates
+from getiaction.training.update import Rates, is_listened_to
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 ON_GPU = ("hardware=gpu", "hardware.tf32=false", "training.max_steps=8", "training.max_grad_norm=0.5")
@@ -94,6 +97,36 @@ def test_a_cpu_replays_nothing(tiny: Any, tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, "training.max_steps=4")
     trainer.fit()
     assert trainer.update.replay is None
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_who_listens_is_told_from_accelerate_which_casts(precision: str) -> None:
+    """Accelerate replaces the outermost `forward`, and so may others: before it, after it, and further inside."""
+    network = nn.Sequential(nn.Linear(2, 2))
+    model = prepared(network, precision)
+    assert ("forward" in vars(model)) is (precision != "no")
+    assert not is_listened_to(model)
+    handle = model.register_forward_hook(lambda *_: None)
+    assert is_listened_to(model)
+    handle.remove()
+    before = nn.Linear(2, 2)
+    before.forward = functools.wraps(before.forward)(lambda x: x)
+    after = prepared(nn.Linear(2, 2), precision)
+    after.forward = functools.wraps(after.forward)(lambda x: x)
+    inside = nn.Sequential(nn.Linear(2, 2))
+    inside[0].forward = lambda x: x
+    for other in (prepared(before, precision), after, prepared(inside, precision)):
+        assert is_listened_to(other)
+
+
+def prepared(model: nn.Module, precision: str) -> nn.Module:
+    """Return a model as Accelerate prepares it, whatever this machine could compute."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # before, and after: all share it
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = precision, precision != "no"
+    model = accelerator.prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return model
 
 
 def test_rates_follow_an_optimiser_that_was_resumed() -> None:

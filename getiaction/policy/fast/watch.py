@@ -88,6 +88,11 @@ def hooks_of(layer: nn.Module) -> tuple[dict[int, Any], ...]:
     return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
 
 
+def has_hooks(*layers: nn.Module) -> bool:
+    """Tell whether somebody listens to one of these layers."""
+    return any(GLOBAL_HOOKS) or any(any(hooks_of(layer)) for layer in layers)
+
+
 def is_watched(*layers: nn.Module) -> bool:
     """Tell whether somebody listens to one of these layers, or put a function of his own in place of its `forward`."""
-    return any(GLOBAL_HOOKS) or any("forward" in vars(layer) or any(hooks_of(layer)) for layer in layers)
+    return has_hooks(*layers) or any("forward" in vars(layer) for layer in layers)
