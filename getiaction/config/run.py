@@ -123,7 +123,8 @@ def build_trainer(config: Config, mixture: Mixture, accelerator: Accelerator, fo
         followed = ema.follow(policy, accelerator.device) if ema is not None else None
         casts = accelerator.mixed_precision == "bf16" and not config.hardware.compile and writes_casts(optimizer)
         shadows = keep_shadows(policy, torch.bfloat16) if casts else None
-        stepper = update_many_at_once(optimizer, followed, shadows)
+        alone = config.training.gradient_accumulation_steps == 1
+        stepper = update_many_at_once(optimizer, followed, shadows, narrow=casts and alone)
     lr_scheduler = build_lr_scheduler(config, optimizer, plan.max_steps)
     if config.hardware.compile:
         torch._dynamo.reset()  # what a sweep compiled before would make this run's sizes symbolic, and it slower

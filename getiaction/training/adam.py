@@ -19,6 +19,7 @@ BLOCK = 2048  # numbers of a program
 DEVICES = ("cuda",)
 PLAIN = ("amsgrad", "maximize", "differentiable")  # what the kernel does not do, and nobody here asks for
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GRADIENTS = (torch.float32, torch.bfloat16)  # types that they may come in
 
 
 def find_kernel() -> ModuleType | None:
@@ -55,15 +56,20 @@ def weights_of(group: dict[str, Any], optimizer: Optimizer, done: set[nn.Paramet
 
 
 def kernel_takes(weight: Tensor, state: dict[str, Tensor]) -> bool:
-    """Tell whether the kernel takes a weight: one piece of float32, as are its gradient and moments, that lie alike."""
+    """Tell whether the kernel takes a weight: one piece of float32, as are its moments, that lie alike.
+
+    So does its gradient, which may be bfloat16.
+    """
     gradient = weight.grad
     if gradient is None or gradient.is_sparse or not 0 < weight.numel() < 2**31 or not is_whole(weight):
         return False
     if any(one.device != weight.device for one in state.values()):
         return False
-    alike = (gradient, *(state[name] for name in MOMENTS if name in state))
-    types = {weight.dtype, *(one.dtype for one in alike)}
-    return types == {torch.float32} and all(lies_as(one, weight) for one in alike)
+    moments = [state[name] for name in MOMENTS if name in state]
+    types = {weight.dtype, *(one.dtype for one in moments)}
+    if types != {torch.float32} or gradient.dtype not in GRADIENTS:
+        return False
+    return all(lies_as(one, weight) for one in (gradient, *moments))
 
 
 def lies_as(one: Tensor, other: Tensor) -> bool:

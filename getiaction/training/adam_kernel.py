@@ -14,7 +14,10 @@ def adam_kernel(
     ALIGNED: tl.constexpr, DECOUPLED: tl.constexpr, FOLLOWS: tl.constexpr, CASTS: tl.constexpr,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Take Adam's step in a block of one of COUNT tensors, whose programs end at `ends`; average and cast them."""
+    """Take Adam's step in a block of one of COUNT tensors, whose programs end at `ends`; average and cast them.
+
+    `steps` are those taken before.
+    """
     program = tl.program_id(0)
     weight, gradient, mean, square, step = weights[0], gradients[0], means[0], squares[0], steps[0]
     average, shadow = averages[0], shadows[0]
@@ -31,18 +34,19 @@ def adam_kernel(
         weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
         mean, square, size = tl.multiple_of(mean, 16), tl.multiple_of(square, 16), tl.multiple_of(size, 4)
         average, shadow = tl.multiple_of(average, 16), tl.multiple_of(shadow, 16)
-    rate, taken = tl.load(lr), tl.load(step).to(tl.float64)
-    # 1 - beta ** step, of which float32 would leave four digits at the first steps
-    short = rate / (1.0 - tl.exp(taken * log_beta1)).to(tl.float32)
-    spread = tl.sqrt((1.0 - tl.exp(taken * log_beta2)).to(tl.float32))
-
     place = (program - first) * BLOCK + tl.arange(0, BLOCK)
     known = place < size
     w, g = tl.load(weight + place, mask=known, other=0.0), tl.load(gradient + place, mask=known, other=0.0)
     m, s = tl.load(mean + place, mask=known, other=0.0), tl.load(square + place, mask=known, other=0.0)
     if FOLLOWS:
-        part = tl.load(share)
         a = tl.load(average + place, mask=known, other=0.0)
+        part = tl.load(share)
+    g = g.to(tl.float32)
+    # 1 - beta ** step, of which float32 would leave four digits at the first steps
+    rate, taken = tl.load(lr), tl.load(step).to(tl.float64) + 1.0
+    short = rate / (1.0 - tl.exp(taken * log_beta1)).to(tl.float32)
+    spread = tl.sqrt((1.0 - tl.exp(taken * log_beta2)).to(tl.float32))
+
     if DECOUPLED:
         w -= rate * decay * w
     else:

@@ -4,8 +4,8 @@ PyTorch's fused kernel is launched for some 36 tensors or 320 pieces of 65,536 n
 large GPU: 2.4 TB/s of an H200's 4.3 with 76 million weights, 1.6 with 12. Here a launch takes all pieces of 16 tensors,
 of 2,048 numbers each. While it has the new weights it takes them into their average, and casts them for the next step's
 products. It is memory that an update waits for, and not so a backward pass, which leaves weights done long before its
-end: those are updated beside it. The formula is PyTorch's, and so is what the optimiser holds between steps; it is
-rounded otherwise. Measured and predicted: benchmarks/NOTES.md.
+end: those are updated beside it, from gradients that are still in autocast's type. The formula is PyTorch's, and so is
+what the optimiser holds between steps; it is rounded otherwise. Measured and predicted: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ AHEAD = COUNT  # tensors that are launched before the step, as soon as there are
 class Kind(NamedTuple):
     """Say what weights of one launch have in common."""
 
+    gradient: torch.dtype
     aligned: bool  # four numbers of each can be read at once
     follows: bool  # they have averages
     casts: bool  # and shadows
@@ -56,7 +57,7 @@ Row = tuple[nn.Parameter, tuple[Tensor, ...]]  # a weight, and all that the kern
 
 
 def update_many_at_once(
-    optimizer: Optimizer, followed: Followed | None = None, shadows: Shadows | None = None
+    optimizer: Optimizer, followed: Followed | None = None, shadows: Shadows | None = None, *, narrow: bool = False
 ) -> Stepper | None:
     """Take the steps of a fused Adam or AdamW by our kernel, on a CUDA GPU where it runs; others are PyTorch's.
 
@@ -68,13 +69,15 @@ def update_many_at_once(
     Args:
         followed: averages to take the new weights into.
         shadows: other types to write them in.
+        narrow: let gradients of weights that are updated ahead stay in autocast's type (see `Beside`); each is that of
+            one backward pass, not a sum of several.
 
     Returns:
         What can update weights ahead of the step; None for other optimisers.
     """
     if type(optimizer) not in (Adam, AdamW):  # whatever a subclass does in its step
         return None
-    return Stepper(optimizer, followed, shadows)
+    return Stepper(optimizer, followed, shadows, narrow=narrow)
 
 
 def writes_casts(optimizer: Optimizer) -> bool:
@@ -85,13 +88,17 @@ def writes_casts(optimizer: Optimizer) -> bool:
 class Stepper:
     """Take an optimiser's steps; see `update_many_at_once`."""
 
-    def __init__(self, optimizer: Optimizer, followed: Followed | None, shadows: Shadows | None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, followed: Followed | None, shadows: Shadows | None, *, narrow: bool
+    ) -> None:
         self._optimizer, self.followed, self.shadows = weakref.ref(optimizer), followed, shadows
+        self._narrow = narrow
         self._lists = Lists()
         self._kept: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # groups, and all their weights
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the weights that may be updated ahead of this step
         self._ready: dict[tuple[int, Kind], list[Row]] = {}  # of those, the ones that wait for others
         self._done: set[nn.Parameter] = set()
+        self._taken: list[Tensor] = []  # how many steps those took before this one
         self._beside: Beside | None = None
         own = weakref.ref(self)  # a weight should not hold its optimiser
 
@@ -131,7 +138,10 @@ class Stepper:
             return
         groups = [group for group in self.optimizer.param_groups if is_usual(group)]
         self._groups = {weight: group for group in groups for weight in group["params"]}
-        self._beside = self._beside or Beside(weights[0].device)
+        self._beside = self._beside or Beside(weights[0].device, narrow=self._narrow)
+        if self._narrow:
+            for weight in self._groups:
+                weight.grad_dtype = None  # any; see `widen`
         try:
             with using(self._beside):
                 yield
@@ -171,16 +181,19 @@ class Stepper:
         if named.get("closure") or any(callable(one) for one in given[1:]) or is_scaled(optimizer):
             if self._done:
                 raise RuntimeError("a step with a closure or a gradient scaler comes too late: weights are updated")
+            widen(optimizer)
             return
         try:
             for group in optimizer.param_groups if find_kernel() is not None else ():
                 self._launch_rest(group, {kind: rows for (owner, kind), rows in ready.items() if owner == id(group)})
                 self._kept.append((group, group["params"]))
                 group["params"] = [weight for weight in group["params"] if weight not in self._done]
+            widen(optimizer)
         except BaseException:
             self._after_step()
             raise
         finally:
+            self._count()
             self._done = set()
 
     def _launch_rest(self, group: dict[str, Any], ready: dict[Kind, list[Row]]) -> None:
@@ -198,8 +211,15 @@ class Stepper:
             group["params"] = weights
         self._kept.clear()
 
+    def _count(self) -> None:
+        """Count the step of all weights that took it, at once: a launch for each would take longer than it."""
+        taken, self._taken = self._taken, []
+        if taken:
+            torch._foreach_add_(taken, 1.0)
+
     def _begin(self) -> None:
         """Forget the last step."""
+        self._count()
         self._done, self._ready = set(), {}
         if self.followed is not None:
             self.followed.done.clear()
@@ -212,14 +232,13 @@ class Stepper:
         assert weight.grad is not None
         table = (bare, weight.grad, state[MOMENTS[0]], state[MOMENTS[1]])
         more = [one for one in (average, shadow) if one is not None]
-        kind = Kind(is_aligned(*table, *more), average is not None, shadow is not None)
+        kind = Kind(weight.grad.dtype, is_aligned(*table, *more), average is not None, shadow is not None)
         others = (bare if average is None else average, bare if shadow is None else shadow, state["step"])
         return kind, (weight, (*table, *others))
 
     def _launch(self, group: dict[str, Any], kind: Kind, rows: list[Row]) -> None:
         """Take one step with COUNT weights of a group at most, whose rate may be a number or a tensor, ()."""
         weights, tables = [weight for weight, _ in rows], [table for _, table in rows]
-        torch._foreach_add_([table[-1] for table in tables], 1.0)
         (beta1, beta2), rate, device = group["betas"], group["lr"], weights[0].device
         lr = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
         numbers = (math.log(beta1), math.log(beta2), beta1, beta2, 1 - beta1, 1 - beta2)
@@ -235,6 +254,7 @@ class Stepper:
                 CASTS=kind.casts, COUNT=COUNT, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
         self._done.update(weights)
+        self._taken += [table[-1] for table in tables]
         changed = [*weights, *(moment for table in tables for moment in table[2:4])]
         if kind.follows:
             assert self.followed is not None
@@ -246,3 +266,11 @@ class Stepper:
             torch.autograd.graph.increment_version([self.shadows.of[weight] for weight in weights])
             for weight in weights:
                 self.shadows.wrote(weight)
+
+
+def widen(optimizer: Optimizer) -> None:
+    """Bring the gradients that are left to PyTorch's step, which takes no others, to the type of their weights."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and weight.grad.dtype != weight.dtype and weight.grad_dtype is None:
+                weight.grad = weight.grad.to(weight.dtype)

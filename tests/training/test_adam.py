@@ -18,6 +18,7 @@ import torch
 from interpreting import hurry
 from torch import nn
 
+from getiaction.policy.fast.beside import beside
 from getiaction.policy.fast.casts import keep_shadows, shadows_of
 from getiaction.policy.fast.convolution import Conv1d, Conv2d
 from getiaction.training import adam
@@ -164,6 +165,52 @@ def test_weights_updated_ahead_of_a_step_are_updated_once(alone: None) -> None:
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     assert {float(entry["step"]) for entry in states[0].values()} == {2.0}
     assert all(torch.equal(states[0][key]["exp_avg"], states[1][key]["exp_avg"]) for key in states[1])
+
+
+class Halved(torch.autograd.Function):
+    """Add up weights times something, rounding the gradient as autocast's products are."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(chosen)
+        return (weight * chosen).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [chosen] = ctx.saved_tensors
+        with beside(True, chosen) as narrow:
+            found = (gradients[0] * chosen).bfloat16()
+        return found if narrow else found.float(), None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_in_two_bytes_are_those_in_four(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Bit for bit, ahead of the step, in it, and where PyTorch takes it."""
+    made, types = [], []
+    for narrow in (True, False):
+        weights = make_weights() + make_weights()
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+        stepper = update_many_at_once(optimizer, narrow=narrow)
+        assert stepper is not None
+        if late:  # none is taken ahead
+            monkeypatch.setattr(stepping, "AHEAD", None)
+        for number in range(3):
+            torch.manual_seed(number)
+            chosen = [torch.empty_like(weight).normal_() for weight in weights[:-1]]
+            loss = torch.stack([Halved.apply(*pair) for pair in zip(weights, chosen, strict=False)]).sum()
+            with stepper.ahead(loss):
+                loss.backward()
+            types.append({weight.grad.dtype for weight in weights[:-1]})
+            if number == 2 and late:
+                optimizer.step(lambda: torch.zeros(()))
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        made.append([*weights, *(state["exp_avg_sq"] for state in optimizer.state.values())])
+    assert types == [{torch.bfloat16}] * 3 + [{torch.float32}] * 3
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("listens", ["step", "gradient", "accumulated", "anomaly", "twice", "nobody"])

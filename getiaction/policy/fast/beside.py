@@ -5,6 +5,9 @@ to it, but are half of its work; small kernels leave a large GPU room for both.
 
 Autograd does not know of the other stream, so it must do nothing but hand such gradients over: each weight's comes from
 one place (`come_from_one_place`), is that of a leaf (`are_leaves`), and lies as the weight does (`lay_as`).
+
+Under autocast those gradients are products in two bytes, which PyTorch then copies into four, with nothing more in
+them. Who only reads them once may take them as they are: see `Beside.narrow`.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ MOST = 2**30  # bytes that are kept for kernels that may not have begun
 
 
 class Beside:
-    """Launch kernels beside those of a device's current stream; on a CPU, where there are none, in turn."""
+    """Launch kernels beside those of a device's current stream; on a CPU, where there are none, in turn.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        narrow: who reads the weights' gradients takes them in the type that they were multiplied in, autocast's.
+    """
+
+    def __init__(self, device: torch.device, *, narrow: bool = False) -> None:
+        self.device, self.narrow = device, narrow
         # of low priority: `Replay`, whose kernels others wait for, has a higher one
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._read: list[Tensor] = []
@@ -78,16 +85,21 @@ def using(own: Beside) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beside(only_leaves: bool, *read: Tensor) -> Iterator[None]:
+def beside(only_leaves: bool, *read: Tensor) -> Iterator[bool]:
     """Launch, in a backward pass, what computes the gradients of weights; see `Beside.launching`.
 
     Args:
         only_leaves: whether those are where autograd ends, so that nothing is computed from their gradients.
+
+    Returns:
+        Whether they may stay in the type that they were multiplied in, instead of becoming the weights'.
     """
     with contextlib.ExitStack() as stack:
+        narrow = False
         if only_leaves and _HERE and _HERE[-1].device == read[0].device:
             stack.enter_context(_HERE[-1].launching(*read))
-        yield
+            narrow = _HERE[-1].narrow
+        yield narrow
 
 
 def are_leaves(*weights: Tensor | None) -> bool:

@@ -229,10 +229,11 @@ class _CastConvolution(torch.autograd.Function):
         (x, weight), (needs_x, *others) = ctx.saved_tensors, ctx.needs_input_grad[:3]
         sizes = ctx.bias, *ctx.window, (1, 1), False, (0, 0), 1
         by_x: Tensor | None = None
-        with beside(ctx.leaves, gradients[0], x):
+        with beside(ctx.leaves, gradients[0], x) as narrow:
             found = torch.ops.aten.convolution_backward(gradients[0], x, weight, *sizes, (False, *others))
             by_weight, by_bias = (
-                None if one is None else one.to(dtype) for one, dtype in zip(found[1:], ctx.types[1:], strict=True)
+                one if one is None or narrow else one.to(dtype)
+                for one, dtype in zip(found[1:], ctx.types[1:], strict=True)
             )
             by_weight = None if by_weight is None else lay_as(by_weight, ctx.strides)
         if needs_x:

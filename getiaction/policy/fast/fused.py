@@ -101,9 +101,9 @@ class _Convolution(torch.autograd.Function):
         (windows, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], 1, 1, 0, weight.dtype)  # (B T', C')
         by_x = by_weight = by_bias = None
-        with beside(ctx.leaves, gradient, windows):
+        with beside(ctx.leaves, gradient, windows) as narrow:
             if ctx.needs_input_grad[1]:
-                found = multiply_into(gradient.t(), windows, ctx.types[1])
+                found = multiply_into(gradient.t(), windows, weight.dtype if narrow else ctx.types[1])
                 by_weight = lay_as(found.view_as(weight), ctx.strides)
             if ctx.needs_input_grad[2]:
                 [by_bias] = add_rows(gradient[None], ctx.types[2])
@@ -132,9 +132,10 @@ class _TransposedConvolution(torch.autograd.Function):
         (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
         gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype)  # (B T, C' k)
         by_x = by_weight = by_bias = None
-        with beside(ctx.leaves, gradient, x, gradients[0]):
+        with beside(ctx.leaves, gradient, x, gradients[0]) as narrow:
             if ctx.needs_input_grad[1]:
-                found = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, ctx.types[0])
+                dtype = weight.dtype if narrow else ctx.types[0]
+                found = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, dtype)
                 by_weight = lay_as(found.view_as(weight), ctx.strides)
             if ctx.needs_input_grad[2]:
                 [by_bias] = add_rows(gradients[0].transpose(1, 2).flatten(0, 1)[None], ctx.types[1])
@@ -228,8 +229,8 @@ class _Films(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (cond, matrix), (cond_dtype, dtype) = ctx.saved_tensors, ctx.types
         gradient = gradients[0].to(matrix.dtype)
-        with beside(ctx.leaves, gradient, cond):
-            each = multiply_into(gradient.t(), cond, dtype).split(ctx.sizes)
+        with beside(ctx.leaves, gradient, cond) as narrow:
+            each = multiply_into(gradient.t(), cond, matrix.dtype if narrow else dtype).split(ctx.sizes)
             by_weights = [lay_as(one, strides) for one, strides in zip(each, ctx.strides, strict=True)]
             by_biases = add_rows(gradient[None], dtype)[0].split(ctx.sizes)
         by_cond = multiply_into(gradient, matrix, cond_dtype) if ctx.needs_input_grad[0] else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy import DiffusionPolicy, Features
+from getiaction.policy.fast import convolution
 from getiaction.policy.fast.beside import Beside, are_leaves, beside, come_from_one_place, lay_as, using
 
 CPU = torch.device("cpu")
@@ -72,6 +73,27 @@ def test_only_one_backward_pass_uses_it(monkeypatch: pytest.MonkeyPatch) -> None
         pass
     assert launched == [(x,)]
     assert joined == [1]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_pictures_weights_may_stay_in_two_bytes(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    """Four have nothing more in them."""
+    monkeypatch.setattr(convolution, "learns_under_autocast", lambda *_: True)
+    layer, x = convolution.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)
+    layer.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    found = []
+    for own in (Beside(CPU, narrow=True), Beside(CPU)):
+        for weight in layer.parameters():
+            weight.grad, weight.grad_dtype = None, None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).square().sum()
+        with using(own):
+            loss.backward()
+        found.append([weight.grad for weight in layer.parameters()])
+    for narrow, wide in zip(*found, strict=True):
+        assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+        assert narrow.stride() == wide.stride()
+        assert torch.equal(narrow.float(), wide)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there are no streams")

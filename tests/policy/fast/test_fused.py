@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
 from getiaction.policy.fast import casts, convolution, kernels
+from getiaction.policy.fast.beside import Beside, using
 from getiaction.policy.fast.casts import casts_of, convolved_by, keep_shadows
 from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
 
@@ -434,6 +435,31 @@ def test_a_whole_network(fused: ModuleType, scales: bool, precision: torch.dtype
         joined = [torch.cat([part.flatten() for part in parts[1:]]) for parts in (found, by_library, exact)]
         assert 0 < float((joined[0] - joined[2]).norm()) < 2 * float((joined[1] - joined[2]).norm())
         assert float((found[0] - exact[0]).norm()) < 4 * float((by_library[0] - exact[0]).norm())  # of eight numbers
+
+
+def test_gradients_of_weights_may_stay_in_two_bytes(fused: ModuleType) -> None:
+    """For who takes them so: the same products, not made into four, of all that is convolved."""
+    torch.manual_seed(0)
+    network = ConditionalUnet1d(**SMALL).to(DEVICE)
+    given = drawn(1, 4, 2, grad=False), torch.tensor([50], device=DEVICE), drawn(1, 6, grad=False)
+    found = []
+    for own in (Beside(torch.device(DEVICE), narrow=True), Beside(torch.device(DEVICE))):
+        for weight in network.parameters():
+            weight.grad, weight.grad_dtype = None, None
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = network(*given).float().sum()
+        with using(own):
+            loss.backward()
+        found.append({name: weight.grad for name, weight in network.named_parameters()})
+    narrow, wide = found
+    films = [name for name in narrow if "cond_encoder" in name]
+    halved = {name for name, gradient in narrow.items() if gradient.dtype == torch.bfloat16}
+    assert halved == {
+        name for name, gradient in wide.items() if gradient.ndim == 3 or (name in films and gradient.ndim == 2)
+    }
+    for name, gradient in narrow.items():
+        assert wide[name].dtype == torch.float32
+        assert (gradient.float() - wide[name]).norm() <= 2**-8 * wide[name].norm(), name
 
 
 def test_large_groups_are_left_to_pytorch(fused: ModuleType) -> None:
