@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from getiaction.config.schema import HardwareConfig
 from getiaction.machine import read_cpu
 from getiaction.policy import DiffusionPolicy
-from getiaction.policy.fast.convolution import use_library, use_taps
+from getiaction.policy.fast.convolution import lay_channels_last, use_library, use_taps
+from getiaction.policy.fast.kernels import find_kernels
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.training.batch_norm import synchronise_batch_norm
 from getiaction.training.ranks import from_main
@@ -25,11 +26,19 @@ def place(policy: DiffusionPolicy, hardware: HardwareConfig, accelerator: Accele
             encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if hardware.convolutions == "library":
         use_library(policy)
+    if from_main(copies_lines(hardware, accelerator)):  # processes must agree on how weights lie
+        lay_channels_last(policy.diffusion.unet)
     policy.cuda_graphs = hardware.cuda_graphs
-    if from_main(learns_by_taps(hardware, accelerator)):  # processes must agree on how weights lie
+    if from_main(learns_by_taps(hardware, accelerator)):
         use_taps(policy)
         use_native(policy)
     return policy
+
+
+def copies_lines(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
+    """Tell whether the U-Net's convolutions are `fused.py`'s, on a GPU: they copy lines of channels that lie so."""
+    ours = accelerator.device.type == "cuda" and hardware.convolutions != "library" and not hardware.compile
+    return hardware.channels_last and ours and find_kernels() is not None
 
 
 def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:

@@ -27,6 +27,7 @@ from getiaction.training.adam import (
     BLOCK,
     COUNT,
     MOMENTS,
+    WARPS,
     Lists,
     average_of,
     find_kernel,
@@ -251,7 +252,7 @@ class Stepper:
             kernel.adam_kernel[(programs,)](
                 *columns, ends, sizes, lr, share, *numbers, float(group["eps"]), float(group["weight_decay"]),
                 ALIGNED=kind.aligned, DECOUPLED=is_decoupled(self.optimizer, group), FOLLOWS=kind.follows,
-                CASTS=kind.casts, COUNT=COUNT, BLOCK=BLOCK, num_warps=4,
+                CASTS=kind.casts, COUNT=COUNT, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         self._done.update(weights)
         self._taken += [table[-1] for table in tables]

@@ -123,6 +123,16 @@ def use_taps(module: nn.Module) -> None:
             layer.weight.data = laid if isinstance(layer, Conv2d) else laid[:, :, 0]
 
 
+def lay_channels_last(module: nn.Module) -> None:
+    """Let the channels of all weights below `module` that are convolved along time come to lie last in memory.
+
+    So that `fused.py` copies whole lines: see `fused.as_matrix`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d) and min(layer.weight.shape[1:]) > 1:
+            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def use_library(module: nn.Module) -> None:
     """Let the layers below `module` use PyTorch's own kernels on a GPU, too, instead of those in `fused.py`."""
     for layer in module.modules():

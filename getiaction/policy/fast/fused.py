@@ -22,22 +22,53 @@ from torch.autograd.function import once_differentiable
 from getiaction.policy.fast import few
 from getiaction.policy.fast.beside import are_leaves, beside, lay_as
 from getiaction.policy.fast.casts import cast, multiplied_in
-from getiaction.policy.fast.fused_kernels import block_backward_kernel, block_kernel, fold_kernel, unfold_kernel
+from getiaction.policy.fast.fused_kernels import (
+    block_backward_kernel,
+    block_kernel,
+    fold_kernel,
+    unfold_kernel,
+    unfold_lines_kernel,
+)
 from getiaction.policy.fast.sums import add_rows
 
 BLOCK = 1024  # numbers that a program copies
+LINES = 2048  # the same where they lie side by side
 LARGEST = 8192  # numbers of a group that a program holds: 16 or 32 for each thread
 NUMBERS_A_WARP, NUMBERS_A_WARP_BACKWARDS = 512, 1024  # as measured: warps meet for each sum
 
 
-def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> Tensor:
-    """Copy the windows of x (B, C, T), anyhow it lies, into (B T', C k)."""
+def as_matrix(weight: Tensor) -> tuple[Tensor, bool]:
+    """View weights (C', C, k) as (C', C k), or as (C', k C) where they lie so; and tell which.
+
+    Windows in that order are copied, and added up, line by line instead of number by number.
+    """
+    last = weight.shape[2] > 1 and weight.stride(1) == 1 and weight.shape[1] > 1
+    return (weight.transpose(1, 2) if last else weight).flatten(1), last
+
+
+def as_weight(matrix: Tensor, weight: Tensor, *, last: bool) -> Tensor:
+    """View what `as_matrix` made of a weight, or its gradient, as that again."""
+    outer, inner, kernel = weight.shape
+    return matrix.view(outer, kernel, inner).transpose(1, 2) if last else matrix.view(outer, inner, kernel)
+
+
+def unfold(x: Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype, *, last: bool = False) -> Tensor:
+    """Copy the windows of x (B, C, T), anyhow it lies, into (B T', C k), or with `last` (B T', k C)."""
     rows, channels, steps = x.shape
     out_steps = (steps + 2 * padding - kernel) // stride + 1
     if kernel == stride == 1 and padding == 0:
         return x.transpose(1, 2).reshape(rows * steps, channels).to(dtype)
     width = channels * kernel
     out = torch.empty((rows * out_steps, width), dtype=dtype, device=x.device)
+    if last:
+        block = min(BLOCK, triton.next_power_of_2(channels))
+        held = max(LINES // block, 1)
+        with torch.cuda.device_of(x):
+            unfold_lines_kernel[triton.cdiv(len(out), held), kernel * triton.cdiv(channels, block)](
+                x, out, len(out), steps, out_steps, channels, x.stride(0), x.stride(2), x.stride(1),
+                KERNEL=kernel, STRIDE=stride, PADDING=padding, WINDOWS=held, BLOCK=block,
+            )  # fmt: skip
+        return out
     block = min(BLOCK, triton.next_power_of_2(width))
     grid = rows * out_steps, triton.cdiv(width, block)
     with torch.cuda.device_of(x):
@@ -57,17 +88,20 @@ def fold(
     padding: int,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    last: bool = False,
 ) -> Tensor:
-    """Add up the windows (B T', C k) where they came from, in (B, C, T); what `unfold` has as its gradient."""
+    """Add up the windows of `unfold` where they came from, in (B, C, T); what that has as its gradient."""
     channels, window_steps = windows.shape[1] // kernel, len(windows) // rows
     if kernel == stride == 1 and padding == 0 and bias is None:
         return windows.view(rows, steps, channels).to(dtype).transpose(1, 2)
     out = torch.empty((rows, steps, channels), dtype=dtype, device=windows.device)
     block = min(BLOCK, triton.next_power_of_2(channels))
+    held = max(BLOCK // block, 1) if last else 1
     with torch.cuda.device_of(windows):
-        fold_kernel[rows * steps, triton.cdiv(channels, block)](
-            windows, bias if bias is not None else windows, out, steps, window_steps, channels,
-            KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, BLOCK=block,
+        fold_kernel[triton.cdiv(rows * steps, held), triton.cdiv(channels, block)](
+            windows, bias if bias is not None else windows, out, rows * steps, steps, window_steps, channels,
+            KERNEL=kernel, STRIDE=stride, PADDING=padding, BIASED=bias is not None, LAST=last, PLACES=held, BLOCK=block,
         )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -86,8 +120,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         dtype, kernel = multiplied_in(x, weight), weight.shape[2]
         multiplied = cast(weight, dtype)
-        windows = unfold(x, kernel, stride, padding, dtype)
-        matrix = multiplied.flatten(1).t()
+        matrix, ctx.last = as_matrix(multiplied)
+        windows, matrix = unfold(x, kernel, stride, padding, dtype, last=ctx.last), matrix.t()
         product = windows @ matrix if bias is None else torch.addmm(cast(bias, dtype), windows, matrix)  # (B T', C')
         ctx.save_for_backward(windows, multiplied)
         ctx.types, ctx.window = (x.dtype, weight.dtype, None if bias is None else bias.dtype), (kernel, stride, padding)
@@ -104,12 +138,12 @@ class _Convolution(torch.autograd.Function):
         with beside(ctx.leaves, gradient, windows) as narrow:
             if ctx.needs_input_grad[1]:
                 found = multiply_into(gradient.t(), windows, weight.dtype if narrow else ctx.types[1])
-                by_weight = lay_as(found.view_as(weight), ctx.strides)
+                by_weight = lay_as(as_weight(found, weight, last=ctx.last), ctx.strides)
             if ctx.needs_input_grad[2]:
                 [by_bias] = add_rows(gradient[None], ctx.types[2])
         if ctx.needs_input_grad[0]:
-            spread = gradient @ weight.flatten(1)
-            by_x = fold(spread, ctx.rows, ctx.steps, kernel, stride, padding, dtype=ctx.types[0])
+            spread = gradient @ as_matrix(weight)[0]
+            by_x = fold(spread, ctx.rows, ctx.steps, kernel, stride, padding, dtype=ctx.types[0], last=ctx.last)
         return by_x, by_weight, by_bias, None, None
 
 
@@ -120,27 +154,28 @@ class _TransposedConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
         dtype, kernel = multiplied_in(x, weight), weight.shape[2]
         multiplied, steps = cast(weight, dtype), (x.shape[2] - 1) * stride - 2 * padding + kernel
-        windows = unfold(x, 1, 1, 0, dtype) @ multiplied.flatten(1)  # (B T, C' k)
+        matrix, ctx.last = as_matrix(multiplied)
+        windows = unfold(x, 1, 1, 0, dtype) @ matrix  # (B T, C' k)
         ctx.save_for_backward(x, multiplied)
         ctx.types, ctx.window = (weight.dtype, bias.dtype), (kernel, stride, padding)
         ctx.leaves, ctx.strides = are_leaves(weight, bias), weight.stride()
-        return fold(windows, len(x), steps, kernel, stride, padding, bias, dtype)
+        return fold(windows, len(x), steps, kernel, stride, padding, bias, dtype, last=ctx.last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (kernel, stride, padding) = ctx.saved_tensors, ctx.window
-        gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype)  # (B T, C' k)
+        gradient = unfold(gradients[0], kernel, stride, padding, weight.dtype, last=ctx.last)  # (B T, C' k)
         by_x = by_weight = by_bias = None
         with beside(ctx.leaves, gradient, x, gradients[0]) as narrow:
             if ctx.needs_input_grad[1]:
                 dtype = weight.dtype if narrow else ctx.types[0]
                 found = multiply_into(unfold(x, 1, 1, 0, weight.dtype).t(), gradient, dtype)
-                by_weight = lay_as(found.view_as(weight), ctx.strides)
+                by_weight = lay_as(as_weight(found, weight, last=ctx.last), ctx.strides)
             if ctx.needs_input_grad[2]:
                 [by_bias] = add_rows(gradients[0].transpose(1, 2).flatten(0, 1)[None], ctx.types[1])
         if ctx.needs_input_grad[0]:
-            by_x = (gradient @ weight.flatten(1).t()).view(len(x), x.shape[2], -1).to(x.dtype).transpose(1, 2)
+            by_x = (gradient @ as_matrix(weight)[0].t()).view(len(x), x.shape[2], -1).to(x.dtype).transpose(1, 2)
         return by_x, by_weight, by_bias, None, None
 
 
@@ -262,8 +297,9 @@ def _convolve(layer: nn.Conv1d, x: Tensor, bias: Tensor | None) -> Tensor:
     if not few.takes(len(x) * steps, weight, x, bias):
         return _Convolution.apply(x, weight, bias, stride, padding)
     dtype = multiplied_in(x, weight)
-    windows = unfold(x, weight.shape[2], stride, padding, dtype)
-    product = few.multiply(windows, cast(weight, dtype).flatten(1), None if bias is None else cast(bias, dtype))
+    matrix, last = as_matrix(cast(weight, dtype))
+    windows = unfold(x, weight.shape[2], stride, padding, dtype, last=last)
+    product = few.multiply(windows, matrix, None if bias is None else cast(bias, dtype))
     return product.view(len(x), steps, -1).transpose(1, 2)
 
 

@@ -23,25 +23,46 @@ def unfold_kernel(
 
 
 @triton.jit
-def fold_kernel(
-    windows, bias, out, steps, window_steps, channels,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+def unfold_lines_kernel(
+    x, out, windows, steps, out_steps, channels, x_row, x_step, x_channel,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, WINDOWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up what all windows hold of one moment, a block of its channels."""
-    place = tl.program_id(0).to(tl.int64)
-    row, step = place // steps, place % steps
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = channel < channels
-    total = tl.zeros((BLOCK,), tl.float32)
+    """Copy what some windows of sequences hold at one tap, a block of channels, into their (k, C) numbers."""
+    tap, channel = tl.program_id(1) % KERNEL, tl.program_id(1) // KERNEL * BLOCK + tl.arange(0, BLOCK)[None, :]
+    window = tl.program_id(0) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+    known = (window < windows) & (channel < channels)
+    row, step = (window // out_steps).to(tl.int64), (window % out_steps) * STRIDE - PADDING + tap
+    inside = known & (step >= 0) & (step < steps)
+    value = tl.load(x + (row * x_row + step * x_step) + channel * x_channel, mask=inside, other=0.0)
+    there = (window.to(tl.int64) * KERNEL + tap) * channels + channel
+    tl.store(out + there, value.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def fold_kernel(
+    windows, bias, out, places, steps, window_steps, channels,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, BIASED: tl.constexpr, LAST: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up what all windows, of (C, k) or if LAST (k, C) numbers, hold of some moments, a block of channels."""
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None]
+    row, step = (place // steps).to(tl.int64), place % steps
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    known = (place < places) & (channel < channels)
+    total = tl.zeros((PLACES, BLOCK), tl.float32)
     for tap in tl.static_range(KERNEL):
         shifted = step + PADDING - tap
         window = shifted // STRIDE
         inside = (shifted >= 0) & (shifted % STRIDE == 0) & (window < window_steps)
-        source = windows + ((row * window_steps + window) * channels + channel) * KERNEL + tap
+        begin = row * window_steps + window
+        if LAST:
+            source = windows + (begin * KERNEL + tap) * channels + channel
+        else:
+            source = windows + (begin * channels + channel) * KERNEL + tap
         total += tl.load(source, mask=known & inside, other=0.0).to(tl.float32)
     if BIASED:
         total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    tl.store(out + place * channels + channel, total.to(out.dtype.element_ty), mask=known)
+    tl.store(out + place.to(tl.int64) * channels + channel, total.to(out.dtype.element_ty), mask=known)
 
 
 @triton.jit

@@ -131,11 +131,12 @@ def fold_pictures(x: Tensor, side: int, padding: int, dtype: torch.dtype, ranges
     lines, columns = ((length + 2 * padding - side) // 2 + taps for length in sides)
     out = torch.empty((rows, lines, columns, depth), dtype=dtype, device=x.device)
     by = [out] * 3 if ranges is None else [one.contiguous() for one in ranges]
+    places, held = rows * lines * columns, triton.next_power_of_2(depth)
     with torch.cuda.device_of(x):
-        space_to_depth_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            x, *by, out, out.numel(), *sides, lines, columns, *x.stride(), 1 / 255 if x.dtype == torch.uint8 else 1.0,
+        space_to_depth_kernel[(triton.cdiv(places, BLOCK // held),)](
+            x, *by, out, places, *sides, lines, columns, *x.stride(), 1 / 255 if x.dtype == torch.uint8 else 1.0,
             RANGED=ranges is not None, PER_COLOUR=ranges is not None and ranges[0].numel() > 1,
-            COLOURS=colours, DEPTH=depth, PADDING=padding, BLOCK=BLOCK,
+            COLOURS=colours, DEPTH=depth, PADDING=padding, PLACES=BLOCK // held, HELD=held,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 

@@ -9,28 +9,30 @@ import triton.language as tl
 
 @triton.jit
 def space_to_depth_kernel(
-    x, shift, scale, offset, out, numbers, lines, columns, out_lines, out_columns, x_row, x_channel, x_line, x_column,
+    x, shift, scale, offset, out, places, lines, columns, out_lines, out_columns, x_row, x_channel, x_line, x_column,
     factor, RANGED: tl.constexpr, PER_COLOUR: tl.constexpr,
-    COLOURS: tl.constexpr, DEPTH: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+    COLOURS: tl.constexpr, DEPTH: tl.constexpr, PADDING: tl.constexpr, PLACES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Bring the colours of 2x2 places side by side, with zeros around the picture, and after them up to DEPTH.
 
+    HELD is DEPTH, or the next power of two.
+
     Numbers are multiplied by `factor`, and then, if RANGED, each is `(number - shift) * scale + offset`.
     """
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of (B, H', W', DEPTH)
-    depth, place = number % DEPTH, number // DEPTH
+    place, depth = tl.program_id(0) * PLACES + tl.arange(0, PLACES)[:, None], tl.arange(0, HELD)[None, :]
     colour, right, down = depth % COLOURS, (depth // COLOURS) % 2, depth // (2 * COLOURS)
     line = 2 * ((place // out_columns) % out_lines) + down - PADDING
     column = 2 * (place % out_columns) + right - PADDING
     row = (place // (out_lines * out_columns)).to(tl.int64)
-    known = (number < numbers) & (down < 2) & (line >= 0) & (line < lines) & (column >= 0) & (column < columns)
+    within = (place < places) & (depth < DEPTH)
+    known = within & (down < 2) & (line >= 0) & (line < lines) & (column >= 0) & (column < columns)
     source = x + row * x_row + colour * x_channel + line * x_line + column * x_column
     value = tl.load(source, mask=known, other=0).to(tl.float32) * factor
     if RANGED:
         own = colour if PER_COLOUR else colour * 0
         value = (value - tl.load(shift + own)) * tl.load(scale + own) + tl.load(offset + own)
         value = tl.where(known, value, 0.0)
-    tl.store(out + number, value.to(out.dtype.element_ty), mask=number < numbers)
+    tl.store(out + place.to(tl.int64) * DEPTH + depth, value.to(out.dtype.element_ty), mask=within)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from getiaction.policy import ConditionalUnet1d, ImageEncoder, encoder, unet
 from getiaction.policy.fast import casts, convolution, kernels
 from getiaction.policy.fast.beside import Beside, using
 from getiaction.policy.fast.casts import casts_of, convolved_by, keep_shadows
-from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, use_library
+from getiaction.policy.fast.convolution import Conv1d, Conv2d, ConvTranspose1d, lay_channels_last, use_library
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
@@ -59,7 +59,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     window = {"KERNEL": 5, "STRIDE": 1, "PADDING": 2, "BLOCK": 1024}
     block = {"STARTS": True, "SCALES": True, "SHIFTS": True, "STEPS": 16, "CHANNELS": 64}
     compile_kernel(found.unfold_kernel, ("x", "out"), window)
-    compile_kernel(found.fold_kernel, ("windows", "bias", "out"), window | {"BIASED": True})
+    compile_kernel(found.unfold_lines_kernel, ("x", "out"), window | {"WINDOWS": 2})
+    for last in (False, True):
+        folded = window | {"BIASED": True, "LAST": last, "PLACES": 2 if last else 1}
+        compile_kernel(found.fold_kernel, ("windows", "bias", "out"), folded)
     forwards = ("x", "start", "weight", "bias", "scale", "shift", "residual", "out")
     compile_kernel(found.block_kernel, forwards, block | {"ADDS": True})
     backwards = ("x", "start", "weight", "bias", "scale", "gradient", "by_x", "by_affine", "by_scale", "by_shift")
@@ -105,7 +108,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     found_crop = importlib.import_module("getiaction.policy.fast.fused_crop")
     places = {"frames": "*u8", "rows": "*i64", "corners": "*i64", "out": "*u8"}
     compile_kernel(found_crop.crop_kernel, (), {"LINES": 8, "WIDTH": 256}, **places)
-    folding = {"RANGED": True, "PER_COLOUR": True, "COLOURS": 3, "DEPTH": 16, "PADDING": 3, "BLOCK": 1024}
+    folding = {"RANGED": True, "PER_COLOUR": True, "COLOURS": 3, "DEPTH": 16, "PADDING": 3, "PLACES": 64, "HELD": 16}
     ranges = ("shift", "scale", "offset")
     compile_kernel(found.space_to_depth_kernel, ranges, folding, x="*u8", out="*bf16", factor="fp32")
     convolving = {"TAPS": 4, "DEPTH": 16, "WIDTH": 64, "PLACES": 128}
@@ -200,10 +203,13 @@ def check(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], close: float 
     ("rows", "channels", "out", "steps", "kernel", "stride"),
     [(2, 8, 16, 8, 5, 1), (3, 5, 7, 6, 3, 2), (2, 4, 6, 4, 1, 1), (1, 300, 20, 16, 5, 1), (1, 4, 4, 1, 3, 1)],
 )
+@pytest.mark.parametrize("last", [False, True])
 def test_convolutions(
-    fused: ModuleType, rows: int, channels: int, out: int, steps: int, kernel: int, stride: int
+    fused: ModuleType, rows: int, channels: int, out: int, steps: int, kernel: int, stride: int, last: bool
 ) -> None:
     layer = nn.Conv1d(channels, out, kernel, stride, kernel // 2).to(DEVICE)
+    if last:
+        lay_channels_last(layer)
     x = drawn(rows, channels, steps)
     check(fused.convolve(layer, x), layer(x), [x, *layer.parameters()])
     lying = drawn(rows, steps, channels)
@@ -237,21 +243,25 @@ def test_products_of_few_rows(
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["along time", "of pictures", "of pictures, channels last", "of pictures, 1x1"])
+@pytest.mark.parametrize(
+    "kind", ["along time", "along time, last", "of pictures", "of pictures, channels last", "of pictures, 1x1"]
+)
 def test_convolutions_of_few_places(
     fused: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, precision: torch.dtype | None
 ) -> None:
     layer: nn.Module
-    if kind == "along time":
+    if "time" in kind:
         layer, plain, x = Conv1d(40, 9, 5, 2, 2), nn.Conv1d.forward, drawn(2, 40, 8)
         monkeypatch.setattr(fused, "_Convolution", None)  # the other kernels
     else:
         sizes = (1, 1, 0) if "1x1" in kind else (3, 2, 1)
         layer, plain, x = Conv2d(5, 6, *sizes), nn.Conv2d.forward, drawn(2, 5, 9, 7).transpose(2, 3)
-    layer.to(DEVICE, memory_format=torch.channels_last if "last" in kind else torch.preserve_format)  # type: ignore[call-overload]
+    layer.to(DEVICE, memory_format=torch.channels_last if "channels last" in kind else torch.preserve_format)  # type: ignore[call-overload]
+    if "time, last" in kind:
+        lay_channels_last(layer)
     wanted = plain(layer, x)
     with torch.no_grad(), torch.autocast(DEVICE, precision, enabled=precision is not None):
-        found = fused.convolve(layer, x) if kind == "along time" else fused.few.convolve_picture(layer, x)
+        found = fused.convolve(layer, x) if "time" in kind else fused.few.convolve_picture(layer, x)
     assert found.dtype == (precision or torch.float32)
     assert torch.allclose(found.float(), wanted, atol=1e-5 if precision is None else 5e-2)
 
@@ -279,9 +289,12 @@ def test_convolutions_without_a_bias(fused: ModuleType) -> None:
     check(fused.convolve(layer, x), layer(x), [x, layer.weight])
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("rows", "channels", "steps"), [(2, 8, 4), (1, 300, 8)])
-def test_transposed_convolutions(fused: ModuleType, rows: int, channels: int, steps: int) -> None:
+def test_transposed_convolutions(fused: ModuleType, rows: int, channels: int, steps: int, last: bool) -> None:
     layer, x = nn.ConvTranspose1d(channels, 6, 4, 2, 1).to(DEVICE), drawn(rows, channels, steps)
+    if last:
+        lay_channels_last(layer)
     check(fused.convolve_transposed(layer, x), layer(x), [x, *layer.parameters()])
 
 
