@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_kernels import MANY, STEPS, trainer_of
+from getiaction.policy.fast.beside import Beside
 from getiaction.training.stepper import Stepper
 
 TURNS = 3
@@ -97,16 +98,26 @@ def adam_beside_encoder(trainer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def first_by_library(trainer: Any) -> Iterator[None]:
-    """Let cuDNN do a ResNet's first convolution."""
-    with patch("getiaction.policy.fast.fused_stem.find_products", lambda: None):
+def among_gradients(trainer: Any) -> Iterator[None]:
+    """Update weights on the stream of the gradients, which wait for that."""
+    with patch.object(Beside, "updating", Beside.launching):
         yield
 
 
 @contextlib.contextmanager
-def one_group(trainer: Any) -> Iterator[None]:
-    """Let each program of a norm take one group, however small."""
-    with patch("getiaction.policy.fast.fused_group_norm.TOGETHER", 0):
+def wide(trainer: Any) -> Iterator[None]:
+    """Let the gradients of weights become float32 before Adam reads them."""
+    beside = trainer.update.stepper._beside
+    with contextlib.ExitStack() as stack:
+        if beside is not None:
+            stack.enter_context(patch.object(beside, "narrow", False))
+        yield
+
+
+@contextlib.contextmanager
+def with_memsets(trainer: Any) -> Iterator[None]:
+    """Leave the graph's memsets as they are."""
+    with patch("getiaction.policy.fast.replay.clear_by_kernels", lambda graph: 0):
         yield
 
 
@@ -115,6 +126,7 @@ LEVERS: dict[str, Callable[[Any], contextlib.AbstractContextManager[None]]] = {
     "in turn": in_turn,
     "adam after": adam_after,
     "adam beside the encoder": adam_beside_encoder,
-    "cuDNN's first convolution": first_by_library,
-    "norms of one group": one_group,
+    "adam among the gradients": among_gradients,
+    "gradients in four bytes": wide,
+    "memsets": with_memsets,
 }

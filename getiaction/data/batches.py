@@ -131,10 +131,44 @@ class TrainingBatches:
             yield self.step(step)
 
 
+class Aside:
+    """Let a thread launch kernels on a stream of its own, beside those of steps before; without a GPU it does nothing.
+
+    Args:
+        device: where; made where its tensors will be used.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, None
+        if device.type == "cuda" and torch.cuda.is_available():
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still bring the data there
+
+    def begin(self) -> None:
+        """Take the stream, in the thread: it has a current device, and a current stream, of its own."""
+        if self._device.type == "cuda" and self._device.index is not None:  # without one it is the first, as in any
+            torch.cuda.set_device(self._device)
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+
+    def done(self) -> torch.cuda.Event | None:
+        """Return what comes after all that the thread has launched."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def take_over(self, batches: list[Batch], done: torch.cuda.Event | None) -> None:
+        """Let the current stream wait for batches, whose memory is theirs until that has used them."""
+        if done is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(done)
+            for batch in batches:
+                for value in batch.values():
+                    value.record_stream(here)
+
+
 def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = CPU) -> Iterator[list[Batch]]:
     """Run an iterator in a thread, `depth` items ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
+    stopped, aside = threading.Event(), Aside(device)
 
     def put(entry: tuple[str, object]) -> bool:
         while not stopped.is_set():
@@ -147,9 +181,8 @@ def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = 
 
     def work() -> None:
         try:
-            if device.type == "cuda" and device.index is not None:  # without one it is the first, as in any thread
-                torch.cuda.set_device(device)  # a thread has a current device of its own
-            if all(put(("item", item)) for item in items):
+            aside.begin()
+            if all(put(("item", (item, aside.done()))) for item in items):
                 put(("end", None))
         except BaseException as error:  # raised where the items are used
             put(("error", error))
@@ -162,7 +195,9 @@ def prefetched(items: Iterator[list[Batch]], depth: int, device: torch.device = 
                 return
             if kind == "error":
                 raise value
-            yield value
+            batches, done = value
+            aside.take_over(batches, done)
+            yield batches
     finally:
         stopped.set()
 

@@ -15,7 +15,7 @@ from getiaction.policy.fast.kernels import find_kernels
 from getiaction.training.ema import Followed
 
 COUNT = 16  # tensors of a launch
-BLOCK, WARPS = 2048, 4  # numbers of a program, and how many warps share them
+BLOCK, WARPS = 1024, 4  # numbers of a program, and how many warps share them
 DEVICES = ("cuda",)
 PLAIN = ("amsgrad", "maximize", "differentiable")  # what the kernel does not do, and nobody here asks for
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -2,7 +2,7 @@
 
 PyTorch's fused kernel is launched for some 36 tensors or 320 pieces of 65,536 numbers at a time, too few at once for a
 large GPU: 2.4 TB/s of an H200's 4.3 with 76 million weights, 1.6 with 12. Here a launch takes all pieces of 16 tensors,
-of 2,048 numbers each. While it has the new weights it takes them into their average, and casts them for the next step's
+of 1,024 numbers each. While it has the new weights it takes them into their average, and casts them for the next step's
 products. It is memory that an update waits for, and not so a backward pass, which leaves weights done long before its
 end: those are updated beside it, from gradients that are still in autocast's type. The formula is PyTorch's, and so is
 what the optimiser holds between steps; it is rounded otherwise. Measured and predicted: benchmarks/NOTES.md.
@@ -169,7 +169,7 @@ class Stepper:
         ready.append(row)
         if len(ready) == AHEAD:
             assert self._beside is not None
-            with self._beside.launching():
+            with self._beside.updating():
                 self._launch(group, kind, ready)
             ready.clear()
 

@@ -282,6 +282,24 @@ def test_prefetching_gives_the_same_batches(toy_episodes) -> None:
         assert_same(joined(found), joined(expected))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has streams")
+def test_prefetching_on_a_stream_of_its_own_gives_the_same_batches() -> None:
+    """However late its kernels come, and however soon the batches before are let go."""
+    device, steps = torch.device("cuda", 0), range(30)
+
+    def items() -> Iterator[list[Batch]]:
+        for step in steps:
+            torch.cuda._sleep(10**6)
+            yield [{"action": torch.full((1000, 1000), step, device=device)}]
+
+    found = []
+    for [batch] in prefetched(items(), 2, device):
+        torch.cuda._sleep(10**6)
+        found.append(batch["action"].float().mean())
+        del batch
+    assert [float(one) for one in found] == list(steps)
+
+
 def test_prefetching_raises_errors_where_items_are_used() -> None:
     def items() -> Iterator[list[Batch]]:
         yield []

@@ -1,7 +1,8 @@
-"""Launch on a stream of its own what the rest of a backward pass does not wait for: the weights' gradients.
+"""Launch on streams of their own what the rest of a backward pass does not wait for: the weights' gradients, updates.
 
 A backward pass goes from layer to layer by the gradients of what lies between them. Those of the weights are of no use
-to it, but are half of its work; small kernels leave a large GPU room for both.
+to it, but are half of its work; small kernels leave a large GPU room for both. Nor do gradients wait for the updates of
+other weights, which take long and may come last.
 
 Autograd does not know of the other stream, so it must do nothing but hand such gradients over: each weight's comes from
 one place (`come_from_one_place`), is that of a leaf (`are_leaves`), and lies as the weight does (`lay_as`).
@@ -31,10 +32,13 @@ class Beside:
 
     def __init__(self, device: torch.device, *, narrow: bool = False) -> None:
         self.device, self.narrow = device, narrow
-        # of low priority: `Replay`, whose kernels others wait for, has a higher one
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # of lower priority than `Replay`, whose kernels others wait for, and the second than the first
+        self._streams = (
+            [torch.cuda.Stream(device, priority=number) for number in (-1, 0)] if device.type == "cuda" else []
+        )
+        self._ahead: set[int] = set()  # which of them have something that nobody waits for yet
         self._read: list[Tensor] = []
-        self._bytes, self._is_ahead = 0, False
+        self._bytes = 0
 
     @contextlib.contextmanager
     def launching(self, *read: Tensor) -> Iterator[None]:
@@ -43,27 +47,48 @@ class Beside:
         Args:
             read: what it reads and somebody may let go of, whose memory would be another's at once.
         """
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._is_ahead = True
-        with torch.cuda.stream(self._stream):
+        with self._launching_on(0):
             yield
         self._read += read
         self._bytes += sum(one.nbytes for one in read)
         if self._bytes > MOST:
-            self.join()
+            self._catch_up(0)
+            self._let_go()
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Launch what comes after everything that was launched before, and what only `join` waits for."""
+        return self._launching_on(1)
 
     def join(self) -> None:
         """Let the current stream wait for all that; for nothing, if there was none: a capture would be refused."""
-        is_ahead, self._is_ahead = self._is_ahead, False
         try:
-            if is_ahead and self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            for number in range(len(self._streams)):
+                self._catch_up(number)
         finally:
-            self._read.clear()
-            self._bytes = 0
+            self._ahead.clear()
+            self._let_go()
+
+    @contextlib.contextmanager
+    def _launching_on(self, number: int) -> Iterator[None]:
+        if not self._streams:
+            yield
+            return
+        own = self._streams[number]
+        own.wait_stream(torch.cuda.current_stream(self.device))
+        for before in self._ahead & {*range(number)}:
+            own.wait_stream(self._streams[before])
+        self._ahead.add(number)
+        with torch.cuda.stream(own):
+            yield
+
+    def _catch_up(self, number: int) -> None:
+        if number in self._ahead:
+            self._ahead.remove(number)
+            torch.cuda.current_stream(self.device).wait_stream(self._streams[number])
+
+    def _let_go(self) -> None:
+        self._read.clear()
+        self._bytes = 0
 
 
 _HERE: list[Beside] = []  # autograd calls backward passes from threads of its own

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from getiaction.errors import first_line
+from getiaction.policy.fast.clearing import clear_by_kernels
 
 log = logging.getLogger(__name__)
 # Nobody may draw from the device's generator, or wait for the device, while a graph is captured.
@@ -40,7 +41,7 @@ class Replay:
         self._function, self._device, self._is_pure, self._calls = function, device, is_pure, 0
         self._warm = threading.local()  # cuBLAS and cuDNN keep what they need for each thread
         # of all calls: autograd remembers which one a gradient comes from; ahead of what is launched beside it
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._stream = torch.cuda.Stream(device, priority=-2)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.refused = False
         self._inputs: tuple[Tensor, ...] = ()
@@ -83,7 +84,7 @@ class Replay:
         return result
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, pool = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.graph_pool_handle()
         reason: str | None = None  # not the error, which holds every tensor that its frames hold
         with torch.cuda.stream(self._stream), let_go_of_shared_memory():
             begun = ended = False
@@ -106,12 +107,26 @@ class Replay:
                     reason = reason or first_line(error)
                 if begun and not ended:
                     forget(graph, pool, self._device)
+            reason = reason or make_ready(graph)
         torch.cuda.current_stream().wait_stream(self._stream)  # which copied the inputs
         if reason is None:
             self._graph = graph
             return
         self.refused, self._inputs, self._result = True, (), None
         log.warning("warning: this cannot be a CUDA graph, so its kernels are launched one by one: %s", reason)
+
+
+def make_ready(graph: torch.cuda.CUDAGraph) -> str | None:
+    """Let a graph that was captured be replayed; return what is in the way, if something is."""
+    try:
+        clear_by_kernels(graph)
+    except (ImportError, RuntimeError) as error:  # it does the same, more slowly
+        log.debug("memsets stay: %s", first_line(error))
+    try:
+        graph.instantiate()
+    except RuntimeError as error:  # no memory, say
+        return first_line(error)
+    return None
 
 
 @contextlib.contextmanager

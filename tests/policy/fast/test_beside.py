@@ -130,3 +130,25 @@ def test_what_is_read_is_kept_until_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     with own.launching(torch.ones(100, device=device)):
         pass
     assert not own._read
+
+
+@needs_gpu
+def test_updates_wait_for_gradients_and_gradients_not_for_updates() -> None:
+    device = torch.device("cuda")
+    own, gradient, weight, other = Beside(device), *(torch.zeros(1000, device=device) for _ in range(3))
+    for number in range(1, 20):
+        with using(own):
+            with beside(True, gradient):
+                torch.cuda._sleep(10**6)
+                gradient.fill_(number)
+            with own.updating():
+                torch.cuda._sleep(10**7)
+                weight.copy_(gradient)
+            with beside(True, gradient):
+                begun = torch.cuda.current_stream().record_event()
+                other.fill_(number)
+                ended = torch.cuda.current_stream().record_event()
+            ended.synchronize()
+            assert begun.query()
+        assert bool((weight == number).all())
+        assert bool((other == number).all())
