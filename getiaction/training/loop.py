@@ -28,6 +28,7 @@ from getiaction.training.background import Background, has_room, policy_on_host,
 from getiaction.training.checkpoint import CheckpointStore, TrainingState
 from getiaction.training.clock import Clock, is_due
 from getiaction.training.ema import Ema
+from getiaction.training.lead import Lead
 from getiaction.training.metrics import MetricsWriter, peak_memory
 from getiaction.training.ranks import Watchdog, from_main, share_buffers
 from getiaction.training.stepper import Stepper
@@ -103,7 +104,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Put together what takes a step."""
-        limit = self.plan.max_grad_norm
+        limit, self.lead = self.plan.max_grad_norm, Lead(self.accelerator.device)
         self.update = Update(
             self.accelerator, self.model, self.optimizer, limit, replays=self.replays, stepper=self.stepper
         )
@@ -166,6 +167,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.policy, self.step)
         self.unread.append(loss.reshape(1))
+        self.lead.keep()
 
     def _log(self, bar: tqdm, clock: Clock) -> None:
         self._read_losses()
@@ -189,7 +191,7 @@ class Trainer:
         )
 
     def _read_losses(self) -> None:
-        """Read the losses of the last steps, means over processes. Only here does the host wait for the device."""
+        """Read the losses of the last steps, means over processes. Only here, and in `Lead`, the host waits."""
         if not self.unread:
             return
         gathered = self.accelerator.gather(torch.cat(self.unread)[None])  # (processes, steps)

@@ -147,7 +147,10 @@ class Stepper:
             with using(self._beside):
                 yield
         except BaseException:
-            self._begin()
+            with contextlib.suppress(
+                RuntimeError
+            ):  # as in a capture that CUDA broke off; the first error is to be told
+                self._begin()
             raise
         finally:
             self._groups = {}
@@ -194,8 +197,8 @@ class Stepper:
             self._after_step()
             raise
         finally:
-            self._count()
             self._done = set()
+            self._count()
 
     def _launch_rest(self, group: dict[str, Any], ready: dict[Kind, list[Row]]) -> None:
         """Update the weights of a group that are not done, of which some are ready."""
@@ -213,17 +216,17 @@ class Stepper:
         self._kept.clear()
 
     def _count(self) -> None:
-        """Count the step of all weights that took it, at once: a launch for each would take longer than it."""
+        """Count the step of all weights that took it, at once: a launch for each launch of theirs would take longer."""
         taken, self._taken = self._taken, []
         if taken:
             torch._foreach_add_(taken, 1.0)
 
     def _begin(self) -> None:
         """Forget the last step."""
-        self._count()
         self._done, self._ready = set(), {}
         if self.followed is not None:
             self.followed.done.clear()
+        self._count()
 
     def _row_of(self, weight: nn.Parameter) -> tuple[Kind, Row]:
         """Return all that the kernel takes of a weight, itself again for what it does not have."""

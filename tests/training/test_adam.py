@@ -6,6 +6,7 @@ tests/policy/fast/test_fused.py starts the process in which the interpreter does
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib
 import os
@@ -252,6 +253,54 @@ def test_a_backward_pass_that_breaks_off_leaves_the_next_step_whole(alone: None)
     before = [weight.detach().clone() for weight in weights]
     step(optimizer, weights, 1)
     assert not any(torch.equal(*pair) for pair in zip(before[:-1], weights[:-1], strict=True))
+
+
+class Refused(torch.autograd.Function):
+    """Do in a backward pass what may not be captured."""
+
+    @staticmethod
+    def forward(_: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 1
+
+    @staticmethod
+    def backward(_: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_capture_that_breaks_off_leaves_the_step_to_be_taken(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was captured has run: neither what was updated ahead, nor the gradients that were waiting."""
+    groups = [make_weights() + make_weights() for _ in range(2)]
+    optimizers = [torch.optim.AdamW(weights, lr=1e-2, fused=True) for weights in groups]
+    stepper, _ = [update_many_at_once(optimizer) for optimizer in optimizers]
+    assert stepper is not None
+    for weights, optimizer in zip(groups, optimizers, strict=True):
+        step(optimizer, weights, 0)
+        optimizer.zero_grad()
+    refused = Refused.apply(groups[0][0]).sum()  # what is computed first is differentiated last
+    loss, kept = refused + loss_of(groups[0], 1), copy.deepcopy(optimizers[0].state_dict())
+    before = [weight.detach().clone() for weight in groups[0]]
+    monkeypatch.setattr("getiaction.training.stepper.come_from_one_place", lambda _: True)
+
+    def capture() -> None:
+        with stepper.ahead(loss):
+            loss.backward()
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "_foreach_add_", refuse)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            capture()
+    assert not all(torch.equal(*pair) for pair in zip(before, groups[0], strict=True))
+    with torch.no_grad():
+        for weight, value in zip(groups[0], before, strict=True):
+            weight.copy_(value)
+    optimizers[0].load_state_dict(kept)
+    for weights, optimizer in zip(groups, optimizers, strict=True):
+        step(optimizer, weights, 1)
+    assert all(torch.equal(*pair) for pair in zip(*groups, strict=True))
+    assert {float(state["step"]) for state in optimizers[0].state.values()} == {2.0}
 
 
 def test_weights_that_do_not_learn_are_left_alone(alone: None) -> None:

@@ -7,8 +7,8 @@ other weights, which take long and may come last.
 Autograd does not know of the other stream, so it must do nothing but hand such gradients over: each weight's comes from
 one place (`come_from_one_place`), is that of a leaf (`are_leaves`), and lies as the weight does (`lay_as`).
 
-Under autocast those gradients are products in two bytes, which PyTorch then copies into four, with nothing more in
-them. Who only reads them once may take them as they are: see `Beside.narrow`.
+PyTorch's own gradients of weights under autocast are products in two bytes, which it then copies into four. Who only
+reads them once may take them as they are (see `Beside.narrow`); others get `fused.py`'s in four, not rounded before.
 """
 
 from __future__ import annotations
