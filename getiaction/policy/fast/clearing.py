@@ -16,6 +16,7 @@ import torch
 
 LARGEST = 2**20  # bytes; more is for what was made for it
 THREADS = 128
+SLEEP = 100_000  # cycles
 WORD = 4  # bytes
 CLEAR = b"""
 .version 7.0
@@ -45,7 +46,7 @@ CLEAR = b"""
 
 
 def clear_by_kernels(graph: torch.cuda.CUDAGraph) -> int:
-    """Replace the memsets of a graph that write a few zeros; return how many those were.
+    """Replace the memsets of a graph that write a few zeros, where a small one showed that it works; return how many.
 
     Args:
         graph: captured on the current device with `keep_graph=True`, and not instantiated yet.
@@ -53,7 +54,51 @@ def clear_by_kernels(graph: torch.cuda.CUDAGraph) -> int:
     Raises:
         RuntimeError: the driver refused something; the graph still does what it did.
         ImportError: NVIDIA's bindings are not here, which PyTorch's builds for CUDA bring.
+        ArithmeticError: what was to be clear was not, or too early, or too late.
     """
+    try_once(torch.cuda.current_device())
+    return replace_memsets(graph)
+
+
+@cache
+def try_once(device: int) -> None:
+    """Compare a small graph on the current device with what it did before; see `clear_by_kernels` for errors.
+
+    A kernel that did not wait for those before it, or for which those after it did not, would come while the first
+    still sleeps.
+    """
+    graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream(device, priority=-2)
+    numbers, seen, ones = (torch.ones(64, device=f"cuda:{device}") for _ in range(3))
+    with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.cuda._sleep(SLEEP)
+        numbers.add_(ones)
+        clear(numbers)
+        seen.copy_(numbers)
+        numbers.add_(ones)
+        graph.capture_end()
+        replaced = replace_memsets(graph)
+        graph.instantiate()
+        for _ in range(3):
+            seen.fill_(7.0)
+            graph.replay()
+            if not bool((seen == 0).all() & (numbers == 1).all()):
+                raise ArithmeticError("a kernel in the place of a memset does something else")
+    if not replaced:
+        raise ArithmeticError("no memset was found where there is one")
+
+
+def clear(numbers: torch.Tensor) -> None:
+    """Write zeros over what lies side by side, by a memset on the current stream; PyTorch takes a kernel."""
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream(numbers.device).cuda_stream
+    _call(driver.cuMemsetD8Async, numbers.data_ptr(), 0, numbers.nbytes, stream)
+
+
+def replace_memsets(graph: torch.cuda.CUDAGraph) -> int:
+    """Do what `clear_by_kernels` does, without a trial before."""
     from cuda.bindings import driver
 
     raw = driver.CUgraph(graph.raw_cuda_graph())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from getiaction.policy.fast.clearing import CLEAR, LARGEST, clear_by_kernels
+from getiaction.policy.fast.clearing import CLEAR, LARGEST, clear, clear_by_kernels, replace_memsets, try_once
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU has graphs")
 
@@ -31,11 +33,11 @@ def test_what_is_cleared_is_clear_when_it_is_read(size: int, count: int) -> None
         torch.cuda.synchronize()
         graph.capture_begin()
         own.add_(bytes_of)
-        own.zero_()
+        clear(own)
         read.copy_(own + 0)
         own.add_(bytes_of)
         graph.capture_end()
-    assert clear_by_kernels(graph) == count
+    assert replace_memsets(graph) == count
     assert clear_by_kernels(graph) == 0
     graph.instantiate()
     for _ in range(20):
@@ -45,3 +47,18 @@ def test_what_is_cleared_is_clear_when_it_is_read(size: int, count: int) -> None
         assert bool((own == 7).all())
     assert bool((around[:32] == 7).all())
     assert bool((around[32 + size :] == 7).all())
+
+
+@needs_gpu
+@pytest.mark.parametrize("broken", [lambda _: 0, lambda _: 1, replace_memsets])
+def test_what_works_is_tried_first(
+    monkeypatch: pytest.MonkeyPatch, broken: Callable[[torch.cuda.CUDAGraph], int]
+) -> None:
+    """A graph that clears nothing is noticed, and so is one in which nothing was replaced."""
+    monkeypatch.setattr("getiaction.policy.fast.clearing.replace_memsets", broken)
+    if broken is not replace_memsets:
+        monkeypatch.setattr("getiaction.policy.fast.clearing.clear", lambda numbers: None)
+    try_once.cache_clear()
+    with contextlib.nullcontext() if broken is replace_memsets else pytest.raises(ArithmeticError):
+        try_once(torch.cuda.current_device())
+    try_once.cache_clear()
