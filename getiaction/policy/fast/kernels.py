@@ -56,6 +56,16 @@ def native_block_for(block: nn.Module, x: Tensor, film: Tensor) -> ModuleType | 
     return blocks if blocks.takes(block, x, film) else None
 
 
+def native_gradient_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
+    """Return `native_pictures.py` for a plain convolution that learns on a CPU and sees x (B, C, h, w), or None."""
+    if x.device.type != "cpu" or not layer.by_native or not layer.training or x.ndim != 4:
+        return None
+    if (native := find_native(x)) is None:
+        return None
+    pictures: ModuleType = native.native_pictures
+    return pictures if pictures.takes(layer, x) else None
+
+
 def find_native(x: Tensor) -> ModuleType | None:
     """Return `native_layers.py` where x may be taken: float32 on a CPU, with gradients, and there is a C compiler."""
     from getiaction.policy.fast import native_layers, native_norms

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from getiaction.policy.fast import native_blocks
+from getiaction.policy.fast import native_blocks, native_pictures
 from getiaction.policy.fast.convolution import MOMENTS, PIXELS, Conv1d, Conv2d, channels_last, is_faster_by_taps
 from getiaction.policy.fast.native_norms import (
     FLOATS,
@@ -125,12 +125,13 @@ def normalise(norm: nn.Module, x: Tensor, activation: int, added: Tensor | None 
 @cache
 def works() -> bool:
     """Tell whether there are compiled operations, and they compute what PyTorch's do."""
-    if find_norms() is None or native_blocks.find_blocks() is None:
+    if find_norms() is None or native_blocks.find_blocks() is None or native_pictures.find_pictures() is None:
         return False
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         try:
             compare()
             native_blocks.compare()
+            native_pictures.compare()
         except ArithmeticError as error:
             log.warning("native_norms.c cannot be used (%s): training takes longer on this CPU", error)
             return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder
-from getiaction.policy.fast import native, native_blocks, native_layers, native_norms
+from getiaction.policy.fast import native, native_blocks, native_layers, native_norms, native_pictures
 from getiaction.policy.fast.convolution import Conv1d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.native_norms import MISH, PLAIN, RELU
@@ -452,7 +452,10 @@ def test_vectors_of_other_cpus_compute_the_same(monkeypatch: pytest.MonkeyPatch,
     """A compiler makes pairs of vectors of 16 numbers, which only AVX-512 has, so they can be tried anywhere."""
     monkeypatch.setenv("GETIACTION_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "FAST", (*native.FAST, "-DWIDE=16"))
-    finders = native.find_library, native_norms.find_norms, native_blocks.find_blocks, native_layers.works
+    finders = (
+        *(native.find_library, native_norms.find_norms, native_blocks.find_blocks),
+        *(native_pictures.find_pictures, native_layers.works),
+    )
     for finder in finders:
         finder.cache_clear()
     try:
@@ -466,6 +469,7 @@ def test_vectors_of_other_cpus_compute_the_same(monkeypatch: pytest.MonkeyPatch,
         exact = block_passes(copy.deepcopy(block).double(), steps, batch, torch.float64, "samples outermost")
         use_native(block)
         assert_rounding_only(block_passes(block, steps, batch, torch.float32, "samples outermost"), usual, exact)
+        native_pictures.compare()  # of 40, 16 and 32 channels
     finally:
         for finder in finders:
             finder.cache_clear()

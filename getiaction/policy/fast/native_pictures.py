@@ -1,0 +1,153 @@
+"""Learn on a CPU with the gradient of the weights of a convolution of pictures as one call of C: `native_pictures.c`.
+
+oneDNN multiplies half as fast for it as for the other two passes, which are left to it. benchmarks/NOTES.md says by how
+much this is faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from getiaction.policy.fast.native import find_library
+from getiaction.policy.fast.native_norms import FLOATS, LAST, is_plain_tensor, once
+
+FEWEST = 16  # channels, of what goes in and of what comes out
+HELD = 28 * 1024  # bytes of what the innermost loop goes through again and again: of a first cache of 32
+FLOAT = 4  # bytes
+ONES, ZEROS = (1, 1), (0, 0)
+
+
+class Pictures(ctypes.Structure):
+    """Say what to do with which memory: `pictures` of `native_pictures.c`. Strides are in numbers, not bytes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "out_channels", "kernel", "stride", "padding")),
+        *((name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width", "some")),
+        *((name, ctypes.c_void_p) for name in ("x", "gradient")),
+        *((f"{name}_{way}", ctypes.c_int64) for name in ("x", "gradient") for way in ("batch", "line", "place")),
+        ("by_weight", ctypes.c_void_p),
+        *((f"by_{name}_stride", ctypes.c_int64) for name in ("out", "in", "line", "tap")),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class Weigher:
+    """Hold the compiled operation."""
+
+    def __init__(self, functions: ctypes.CDLL, panel: int) -> None:
+        self._weigh, self._scratch, self._panel = functions.weigh_pictures, functions.pictures_scratch, panel
+        self._weigh.argtypes, self._weigh.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self._scratch.argtypes, self._scratch.restype = (ctypes.c_void_p,), ctypes.c_int64
+        functions.pictures_size.restype = ctypes.c_int64
+        assert functions.pictures_size() == ctypes.sizeof(Pictures)
+
+    def weigh(self, x: Tensor, gradient: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+        """Return the gradient of a weight (C', C, k, k), lying as it does.
+
+        Args:
+            x: what was convolved, (B, C, h, w), its channels in order.
+            gradient: of what came out, (B, C', h', w'), the same.
+        """
+        found, kernel = torch.empty_like(weight), weight.shape[2]
+        tall, wide = ((side - 1) * stride + kernel for side in gradient.shape[2:])
+        some = max(1, min(len(x), HELD // (FLOAT * self._panel * tall * wide)))
+        one = Pictures(
+            len(x), x.shape[1], len(weight), kernel, stride, padding,
+            *x.shape[2:], *gradient.shape[2:], some,
+            x.data_ptr(), gradient.data_ptr(),
+            x.stride(0), *x.stride()[2:], gradient.stride(0), *gradient.stride()[2:],
+            found.data_ptr(), *found.stride(),
+        )  # fmt: skip
+        scratch = torch.empty(self._scratch(ctypes.addressof(one)), **FLOATS)
+        one.scratch = scratch.data_ptr()
+        self._weigh(ctypes.addressof(one), torch.get_num_threads())
+        return found
+
+
+class _Convolution(torch.autograd.Function):
+    """Convolve x (B, C, h, w) with weights (C', C, k, k) into (B, C', h', w')."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.window = stride, padding
+        return torch.convolution(x, weight, bias, (stride, stride), (padding, padding), ONES, False, ZEROS, 1)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (stride, padding), gradient = ctx.saved_tensors, ctx.window, in_rows(gradients[0])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        by_x = by_weight = by_bias = None
+        if needs_x:
+            shape = (stride, stride), (padding, padding), ONES, False, ZEROS, 1, (True, False, False)
+            by_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *shape)[0]
+        if needs_weight:
+            by_weight = found().weigh(in_rows(x), gradient, weight, stride, padding)
+        if needs_bias:
+            by_bias = gradient.sum(dim=(0, 2, 3))
+        return by_x, by_weight, by_bias, None, None
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """Return x (B, C, h, w) with its channels in order: as it lies, or a copy."""
+    return x if x.stride(1) == 1 and 0 not in x.stride() else x.contiguous(memory_format=LAST)
+
+
+def takes(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Tell whether a convolution that learns can be done here, and is faster so: plain, of square windows."""
+    weight, bias, (stride, other_stride) = layer.weight, layer.bias, layer.stride
+    if stride != other_stride or len({*layer.padding}) != 1 or weight.shape[2] != weight.shape[3]:
+        return False
+    if min(weight.shape[:2]) < FEWEST or x.shape[1] != weight.shape[1] or x.stride(1) != 1:
+        return False
+    numbers = (weight,) if bias is None else (weight, bias)
+    return weight.requires_grad and all(is_plain_tensor(one) for one in numbers) and is_dense(weight)
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Tell whether numbers lie side by side, in whatever order, each once."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))
+
+
+def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Do what a convolution does: (B, C, h, w) to (B, C', h', w')."""
+    return cast(Tensor, _Convolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])))
+
+
+def found() -> Weigher:
+    """Return the compiled operation, which is there."""
+    weigher = find_pictures()
+    assert weigher is not None
+    return weigher
+
+
+@cache
+def find_pictures() -> Weigher | None:
+    """Return the compiled operation, or None where it cannot be had."""
+    return None if (library := find_library()) is None else Weigher(library.functions, library.panel)
+
+
+def compare() -> None:
+    """Compare the gradient of weights with PyTorch's in float64.
+
+    Raises:
+        ArithmeticError: they are not the same to rounding.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for wide, high, side, kernel, stride in (40, 20, 7, 3, 1), (16, 50, 6, 3, 2), (32, 16, 5, 1, 2):
+        x = torch.randn((3, side, side, wide), generator=draw, **FLOATS).movedim(3, 1)
+        weight = torch.randn((high, wide, kernel, kernel), generator=draw, **FLOATS).requires_grad_()
+        exact = weight.detach().double().requires_grad_()
+        ours = _Convolution.apply(x, weight, None, stride, kernel // 2)
+        theirs = torch.nn.functional.conv2d(x.double(), exact, None, stride, kernel // 2)
+        came = torch.randn(ours.shape, generator=draw, **FLOATS)
+        [one] = torch.autograd.grad(ours, weight, came)
+        [other] = torch.autograd.grad(theirs, exact, came.double())
+        if not float((one - other).norm()) < 1e-4 * float(other.norm()):
+            raise ArithmeticError("a convolution's weights get another gradient")
