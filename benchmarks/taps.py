@@ -1,8 +1,9 @@
 """Measure where this CPU learns faster by taps, and in C, than by PyTorch's layers: `python -m benchmarks.taps`.
 
 Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
-convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then residual blocks of the U-Net, by
-layers, taps among them, and in C (native_blocks.py). Then whole steps without their data, with
+convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then the gradient of a convolution's
+weights, by oneDNN and in C (native_pictures.py), and residual blocks of the U-Net, by layers, taps among them, and in C
+(native_blocks.py). Then whole steps without their data, with
 `hardware.convolutions=library`, and `taps` without C and with it, turn by turn in one process.
 `hardware.convolutions=auto` should take them on a CPU where this says so: `learns_by_taps`
 (getiaction/config/placement.py) and the bounds in getiaction/policy/fast/convolution.py and native_blocks.py.
@@ -31,7 +32,7 @@ from benchmarks.compute import our_step
 from benchmarks.train import QUIET
 from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
-from getiaction.policy.fast import native_blocks
+from getiaction.policy.fast import native_blocks, native_pictures
 from getiaction.policy.fast.convolution import use_taps
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.taps import convolve_by_taps
@@ -49,6 +50,10 @@ LAYERS = [  # channels, channels that come out, kernel (h, w), stride, sides (h,
     *[(256, 256, (1, 5), 1, (1, moments)) for moments in (4, 8, 16)],
     (128, 128, (1, 5), 1, (1, 8)),
 ]
+GRADIENTS = [  # channels, channels that come out, taps a side, stride, side
+    (64, 64, 3, 1, 21), (64, 128, 3, 2, 21), (64, 128, 1, 2, 21), (128, 128, 3, 1, 11), (128, 256, 3, 2, 11),
+    (128, 256, 1, 2, 11), (256, 256, 3, 1, 6), (512, 512, 3, 1, 3), (64, 64, 3, 1, 16), (32, 32, 3, 1, 21),
+]  # fmt: skip
 BLOCKS = [  # channels, channels that come out, moments
     (2, 32, 16), (32, 32, 16), (32, 64, 8), (64, 64, 8), (128, 128, 4), (256, 64, 4), (128, 256, 4), (256, 256, 4),
     (256, 256, 8), (512, 128, 8), (256, 512, 4), (512, 512, 4),
@@ -109,6 +114,28 @@ def measure_layer(layer: tuple[Any, ...], batch: int, rounds: int, cold: Tensor)
     return {"layer": shape, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
 
 
+def measure_gradient(shape: tuple[int, ...], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
+    """Return milliseconds of the gradient of a convolution's weights, by oneDNN and in C."""
+    channels, out, kernel, stride, side = shape
+    weigher, last, padding = native_pictures.find_pictures(), torch.channels_last, kernel // 2
+    assert weigher is not None, "there is no C compiler"
+    x = torch.randn(batch, channels, side, side).contiguous(memory_format=last)
+    weight = torch.randn(out, channels, kernel, kernel).contiguous(memory_format=last)
+    gradient = torch.randn_like(functional.conv2d(x, weight, None, stride, padding))
+    how = None, (stride, stride), (padding, padding), (1, 1), False, (0, 0), 1, (False, True, False)
+    calls: dict[str, Passes] = {
+        "oneDNN": lambda: torch.ops.aten.convolution_backward(gradient, x, weight, *how),
+        "C": lambda: weigher.weigh(x, gradient, weight, stride, padding),
+    }
+    found = median_ms(calls, rounds, cold=cold)
+    billions = 2 * gradient.numel() * channels * kernel**2 / 1e6
+    rates = {name: round(billions / ms, 1) for name, ms in found.items()}
+    shapes = f"{channels} -> {out}, k {kernel}x{kernel}, stride {stride}, {side}x{side}"
+    return {
+        "gradient": shapes, "batch": batch, "ms": found, "gflops": rates, "ratio": round(found["oneDNN"] / found["C"], 2)
+    }  # fmt: skip
+
+
 def measure_block(shape: tuple[int, int, int], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
     """Return milliseconds of a residual block of the U-Net, forward and backward, by layers and in C."""
     channels, out, moments = shape
@@ -159,17 +186,23 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/taps-<date>.json")
     arguments = parser.parse_args()
     keep_freed_memory()  # as in a run
-    cold, layers, blocks, steps = torch.zeros(2**25), [], [], []
+    cold, layers, gradients, blocks, steps = torch.zeros(2**25), [], [], [], []
     print("| layer | batch | library, ms | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
     for layer in LAYERS:
         for batch in arguments.batches:
             layers.append(found := measure_layer(layer, batch, arguments.rounds, cold))
             ms = found["ms"]
             print(f"| {found['layer']} | {batch} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
-    print("\n| block | batch | by layers, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for shape in BLOCKS:
+    print("\n| gradient of weights | batch | oneDNN, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for shape in GRADIENTS:
         for batch in arguments.batches:
-            blocks.append(found := measure_block(shape, batch, arguments.rounds, cold))
+            gradients.append(found := measure_gradient(shape, batch, arguments.rounds, cold))
+            ms = found["ms"]
+            print(f"| {found['gradient']} | {batch} | {ms['oneDNN']} | {ms['C']} | **{found['ratio']}** |", flush=True)
+    print("\n| block | batch | by layers, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for sizes in BLOCKS:
+        for batch in arguments.batches:
+            blocks.append(found := measure_block(sizes, batch, arguments.rounds, cold))
             ms = found["ms"]
             print(f"| {found['block']} | {batch} | {ms['layers']} | {ms['C']} | **{found['ratio']}** |", flush=True)
     print("\n| preset | batch | library, ms a step | taps without C, ms | ratio | taps, ms | ratio |")
@@ -181,7 +214,8 @@ def main() -> None:
         print(f"| `{preset}` | {found['batch']} | {ms['library']} | {columns} |", flush=True)
     path = arguments.result or RESULTS / f"taps-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device("cpu"))
-    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers, "blocks": blocks, "steps": steps}
+    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers}
+    result |= {"gradients": gradients, "blocks": blocks, "steps": steps}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
 
