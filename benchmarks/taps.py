@@ -131,9 +131,8 @@ def measure_gradient(shape: tuple[int, ...], batch: int, rounds: int, cold: Tens
     billions = 2 * gradient.numel() * channels * kernel**2 / 1e6
     rates = {name: round(billions / ms, 1) for name, ms in found.items()}
     shapes = f"{channels} -> {out}, k {kernel}x{kernel}, stride {stride}, {side}x{side}"
-    return {
-        "gradient": shapes, "batch": batch, "ms": found, "gflops": rates, "ratio": round(found["oneDNN"] / found["C"], 2)
-    }  # fmt: skip
+    ratio = round(found["oneDNN"] / found["C"], 2)
+    return {"gradient": shapes, "batch": batch, "ms": found, "gflops": rates, "ratio": ratio}
 
 
 def measure_block(shape: tuple[int, int, int], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
