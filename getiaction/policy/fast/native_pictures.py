@@ -17,7 +17,7 @@ from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_norms import FLOATS, LAST, is_plain_tensor, once
 
 FEWEST = 16  # channels, of what goes in and of what comes out
-HELD = 28 * 1024  # bytes of what the innermost loop goes through again and again: of a first cache of 32
+HELD = 112 * 1024  # bytes of PANEL channels of some samples, which each tap goes through again
 FLOAT = 4  # bytes
 ONES, ZEROS = (1, 1), (0, 0)
 
@@ -103,6 +103,8 @@ def takes(layer: nn.Conv2d, x: Tensor) -> bool:
     """Tell whether a convolution that learns can be done here, and is faster so: plain, of square windows."""
     weight, bias, (stride, other_stride) = layer.weight, layer.bias, layer.stride
     if stride != other_stride or len({*layer.padding}) != 1 or weight.shape[2] != weight.shape[3]:
+        return False
+    if weight.shape[2] == 1:  # where it was no faster
         return False
     if min(weight.shape[:2]) < FEWEST or x.shape[1] != weight.shape[1] or x.stride(1) != 1:
         return False

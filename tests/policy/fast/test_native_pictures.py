@@ -17,7 +17,7 @@ SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # 
     "as in a ResNet": (64, 64, (21, 21), 3, {"padding": 1}),
     "every second place": (32, 64, (9, 9), 4, {"padding": 1, "stride": 2}),
     "every second place, even sides": (32, 48, (8, 6), 5, {"padding": 1, "stride": 2}),
-    "one tap": (32, 32, (7, 7), 3, {"kernel_size": 1, "stride": 2}),
+    "two taps": (32, 32, (7, 7), 3, {"kernel_size": 2, "stride": 2}),
     "odd channels": (21, 17, (5, 8), 7, {"padding": 1}),
     "large windows, wide padding": (16, 16, (6, 5), 3, {"kernel_size": 5, "padding": 4}),
     "no padding": (16, 20, (7, 9), 2, {}),
@@ -133,6 +133,7 @@ def test_numbers_may_lie_anyhow(how: str, calls: list[int]) -> None:
         lambda layer: setattr(layer, "stride", (1, 2)),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(64, 32, 3, 1))),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(8, 32, 3, 3))),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(64, 32, 1, 1))),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(64, 1, 3, 3).expand(64, 32, 3, 3))),
     ],
 )
