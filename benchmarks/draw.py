@@ -73,7 +73,7 @@ def acted_on_gpu(log: Any) -> Ratios:
 TRAINING = (
     Series("float32", AVX512, "o", "train_heap-2026-11-25.json", trained("no")),
     Series("bf16", AVX512, "D", "train_heap-2026-11-25.json", trained("bf16")),
-    Series("float32", AVX2, "o", "train_blocks-2026-11-28.json", trained("no")),
+    Series("float32", AVX2, "o", "train_pictures-2026-11-28.json", trained("no")),
     Series("float32", AVX2, "o", "train-2026-11-28.json", only("pusht_keypoints", trained("no"))),  # else disturbed
     Series("float32", INTEL, "o", "train_taps-2026-11-26.json", trained("no")),
     Series("bf16, both", H200, "D", "gpu_h200_streams-2026-11-27.json", trained_on_gpu),
