@@ -21,7 +21,7 @@ from getiaction.config import placement, run
 from getiaction.config import precision as precision_module
 from getiaction.errors import TrainingError
 from getiaction.interop.lerobot import load_policy
-from getiaction.policy.fast import convolution, native, native_blocks, native_layers
+from getiaction.policy.fast import convolution, native, native_blocks, native_layers, native_pictures
 from getiaction.training.metrics import read_metrics
 from getiaction.training.ranks import Watchdog
 
@@ -238,10 +238,11 @@ def test_auto_precision_takes_bf16_where_the_cpu_multiplies_it(
 WIDE = ("unet.down_dims=[16,264]", "training.batch_size=16", "lr_scheduler.num_warmup_steps=0")
 
 
+@pytest.mark.parametrize("pictures", [False, True])
 def test_taps_train_alike_and_resume_exactly(
-    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool
 ) -> None:
-    calls: list[str] = []
+    calls, more = list[str](), (*WIDE, *(helpers.WITH_PICTURES if pictures else ()))
 
     def watch(module: Any, name: str) -> None:
         plain = getattr(module, name)
@@ -250,13 +251,15 @@ def test_taps_train_alike_and_resume_exactly(
     watch(convolution, "convolve_by_taps")
     watch(native_layers, "convolve_by_taps")
     watch(native_blocks, "run_block")
-    tiny.fit(tmp_path / "library", *WIDE, "hardware.convolutions=library")
+    watch(native_pictures, "convolve")
+    tiny.fit(tmp_path / "library", *more, "hardware.convolutions=library")
     assert not calls
     folder = tmp_path / "taps"
-    tiny.train(folder, *WIDE, "hardware.convolutions=taps")
+    tiny.train(folder, *more, "hardware.convolutions=taps")
     assert "convolve_by_taps" in calls
-    assert "run_block" in calls or native.find_library() is None
-    assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "library"), rel=1e-4)
+    compiled = native.find_library() is not None
+    assert ("run_block" in calls, "convolve" in calls) == (compiled, compiled and pictures)
+    assert helpers.losses(folder) == pytest.approx(helpers.losses(tmp_path / "library"), rel=1e-3 if pictures else 1e-4)
     shutil.copytree(folder, tmp_path / "stopped", symlinks=True)
     helpers.remove_checkpoint(tmp_path / "stopped", 4)
     tiny.resume(tmp_path / "stopped")
