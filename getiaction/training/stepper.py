@@ -147,9 +147,7 @@ class Stepper:
             with using(self._beside):
                 yield
         except BaseException:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # as in a capture that CUDA broke off; the first error is to be told
+            with contextlib.suppress(RuntimeError):  # in a capture that CUDA broke off; the first error is to be told
                 self._begin()
             raise
         finally:
