@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -159,6 +160,13 @@ def measure_block(shape: tuple[int, int, int], batch: int, rounds: int, cold: Te
     return {"block": shapes, "batch": batch, "ms": found, "ratio": round(found["layers"] / found["C"], 2)}
 
 
+TABLES: dict[str, tuple[list[Any], Callable[..., dict[str, Any]], tuple[str, str]]] = {
+    "layer": (LAYERS, measure_layer, ("library", "taps")),
+    "gradient": (GRADIENTS, measure_gradient, ("oneDNN", "C")),
+    "block": (BLOCKS, measure_block, ("layers", "C")),
+}
+
+
 def measure_step(preset: str, batch: int, rounds: int) -> dict[str, Any]:
     """Return milliseconds of a whole step without its data, each way."""
     data = ["dataset=pusht_demo_keypoints" if preset in BOXED else "dataset=pusht_demo"]
@@ -185,25 +193,14 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/taps-<date>.json")
     arguments = parser.parse_args()
     keep_freed_memory()  # as in a run
-    cold, layers, gradients, blocks, steps = torch.zeros(2**25), [], [], [], []
-    print("| layer | batch | library, ms | taps, ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for layer in LAYERS:
-        for batch in arguments.batches:
-            layers.append(found := measure_layer(layer, batch, arguments.rounds, cold))
+    cold, steps, tables = torch.zeros(2**25), [], dict[str, list[dict[str, Any]]]()
+    for name, (shapes, measure, (one, other)) in TABLES.items():
+        print(f"\n| {name} | batch | {one}, ms | {other}, ms | ratio |\n| --- | --- | --- | --- | --- |")
+        for shape, batch in product(shapes, arguments.batches):
+            found = measure(shape, batch, arguments.rounds, cold)
+            tables.setdefault(f"{name}s", []).append(found)
             ms = found["ms"]
-            print(f"| {found['layer']} | {batch} | {ms['library']} | {ms['taps']} | **{found['ratio']}** |", flush=True)
-    print("\n| gradient of weights | batch | oneDNN, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for shape in GRADIENTS:
-        for batch in arguments.batches:
-            gradients.append(found := measure_gradient(shape, batch, arguments.rounds, cold))
-            ms = found["ms"]
-            print(f"| {found['gradient']} | {batch} | {ms['oneDNN']} | {ms['C']} | **{found['ratio']}** |", flush=True)
-    print("\n| block | batch | by layers, ms | in C, ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for sizes in BLOCKS:
-        for batch in arguments.batches:
-            blocks.append(found := measure_block(sizes, batch, arguments.rounds, cold))
-            ms = found["ms"]
-            print(f"| {found['block']} | {batch} | {ms['layers']} | {ms['C']} | **{found['ratio']}** |", flush=True)
+            print(f"| {found[name]} | {batch} | {ms[one]} | {ms[other]} | **{found['ratio']}** |", flush=True)
     print("\n| preset | batch | library, ms a step | taps without C, ms | ratio | taps, ms | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for preset in arguments.presets:
@@ -213,8 +210,7 @@ def main() -> None:
         print(f"| `{preset}` | {found['batch']} | {ms['library']} | {columns} |", flush=True)
     path = arguments.result or RESULTS / f"taps-{datetime.now(UTC):%Y-%m-%d}.json"
     machine = describe_machine(torch.device("cpu"))
-    result = {"date": datetime.now(UTC).isoformat(), **machine, "layers": layers}
-    result |= {"gradients": gradients, "blocks": blocks, "steps": steps}
+    result = {"date": datetime.now(UTC).isoformat(), **machine, **tables, "steps": steps}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
 
