@@ -51,10 +51,10 @@ static void copy_line(const float *from, int64_t place, int64_t count, int64_t c
 // Copy what one sample went in with, zeros around it.
 static void copy_seen(const pictures *one, int64_t batch, float *to) {
     int64_t lines = tall(one), columns = wide(one), apart = one->some * lines * columns * PANEL;
-    int64_t blocks = blocks_of(one->in, PANEL), edge = one->padding;
+    int64_t blocks = blocks_of(one->in, PANEL), edge = one->padding < columns ? one->padding : columns;
     int64_t count = columns - edge < one->width ? columns - edge : one->width; // columns that are seen
     for (int64_t y = 0; y < lines; y++, to += columns * PANEL) {
-        int64_t line = y - edge;
+        int64_t line = y - one->padding;
         int64_t zeros = line < 0 || line >= one->height ? columns : edge, after = zeros == columns ? 0 : columns - edge - count;
         for (int64_t block = 0; block < blocks; block++) {
             memset(to + block * apart, 0, sizeof(float) * zeros * PANEL);

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_norms import FLOATS, LAST, is_plain_tensor, once
+from getiaction.policy.fast.watch import is_transformed
 
 FEWEST = 16  # channels, of what goes in and of what comes out
 HELD = 112 * 1024  # bytes of PANEL channels of some samples, which each tap goes through again
@@ -81,17 +82,31 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (stride, padding), gradient = ctx.saved_tensors, ctx.window, in_rows(gradients[0])
+        (x, weight), (stride, padding), gradient = ctx.saved_tensors, ctx.window, gradients[0]
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         by_x = by_weight = by_bias = None
+        how = (stride, stride), (padding, padding), ONES, False, ZEROS, 1
+        fits = lie_as_they_are(x, weight, gradient)  # hooks, and who differentiates, may have brought others
+        gradient = in_rows(gradient) if fits else gradient
         if needs_x:
-            shape = (stride, stride), (padding, padding), ONES, False, ZEROS, 1, (True, False, False)
-            by_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *shape)[0]
-        if needs_weight:
+            by_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *how, (True, False, False))[0]
+        if needs_weight and fits:
             by_weight = found().weigh(in_rows(x), gradient, weight, stride, padding)
+        elif needs_weight:
+            by_weight = torch.ops.aten.convolution_backward(gradient, x, weight, None, *how, (False, True, False))[1]
         if needs_bias:
             by_bias = gradient.sum(dim=(0, 2, 3))
         return by_x, by_weight, by_bias, None, None
+
+
+def lie_as_they_are(x: Tensor, weight: Tensor, gradient: Tensor) -> bool:
+    """Tell whether a backward pass sees plain numbers of shapes that go together, and nobody transforms it."""
+    functorch = torch._C._functorch
+    if is_transformed() or functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient):
+        return False
+    if not all(is_plain_tensor(one) for one in (x, weight, gradient)) or not is_dense(weight):
+        return False
+    return (len(x), *weight.shape[:2]) == (len(gradient), gradient.shape[1], x.shape[1])
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -101,8 +116,12 @@ def in_rows(x: Tensor) -> Tensor:
 
 def takes(layer: nn.Conv2d, x: Tensor) -> bool:
     """Tell whether a convolution that learns can be done here, and is faster so: plain, of square windows."""
-    weight, bias, (stride, other_stride) = layer.weight, layer.bias, layer.stride
-    if stride != other_stride or len({*layer.padding}) != 1 or weight.shape[2] != weight.shape[3]:
+    weight, bias, windows = layer.weight, layer.bias, (layer.stride, layer.padding)
+    if any(not isinstance(pair, tuple) or [type(side) for side in pair] != [int, int] for pair in windows):
+        return False
+    if any(pair[0] != pair[1] for pair in windows) or weight.shape[2] != weight.shape[3]:
+        return False
+    if type(layer)._conv_forward is not nn.Conv2d._conv_forward or "_conv_forward" in vars(layer):
         return False
     if weight.shape[2] == 1:  # where it was no faster
         return False

@@ -130,6 +130,8 @@ def test_numbers_may_lie_anyhow(how: str, calls: list[int]) -> None:
         lambda layer: setattr(layer, "groups", 2) or setattr(layer, "weight", nn.Parameter(torch.randn(64, 16, 3, 3))),
         lambda layer: setattr(layer, "dilation", (2, 2)),
         lambda layer: setattr(layer, "padding", (1, 0)),
+        lambda layer: setattr(layer, "padding", 1),
+        lambda layer: setattr(layer, "stride", 2),
         lambda layer: setattr(layer, "stride", (1, 2)),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(64, 32, 3, 1))),
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(8, 32, 3, 3))),
@@ -162,3 +164,34 @@ def test_what_is_no_number_stays_none() -> None:
     x[0, 0, 0, 0] = torch.nan
     [gradient] = torch.autograd.grad(layer(x).sum(), layer.weight)
     assert gradient[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("change", ["weight in two bytes", "weight in eight", "saved in two bytes", "several at once"])
+def test_a_backward_pass_of_other_numbers_is_pytorchs(change: str, calls: list[int]) -> None:
+    layer, x = make("every second place")
+
+    def learn_otherwise() -> Any:
+        layer.float()
+        out = layer(x)
+        came = torch.ones_like(out)
+        if change == "several at once":
+            return torch.autograd.grad(out, layer.weight, torch.stack([came, 2 * came]), is_grads_batched=True)[0]
+        layer.to(torch.float64 if "eight" in change else torch.bfloat16 if "saved" not in change else torch.float32)
+        try:
+            return torch.autograd.grad(out, layer.weight, came)[0].float()
+        except RuntimeError as error:
+            return type(error)
+
+    ways = []
+    for by_native in (True, False):
+        layer.by_native = by_native
+        if "saved" in change:
+            with torch.autograd.graph.saved_tensors_hooks(lambda one: one.bfloat16(), lambda one: one):
+                ways.append(learn_otherwise())
+        else:
+            ways.append(learn_otherwise())
+    assert calls == []
+    if isinstance(ways[1], Tensor):
+        torch.testing.assert_close(ways[0], ways[1], rtol=1e-2, atol=1e-2)
+    else:
+        assert ways[0] == ways[1]
