@@ -231,7 +231,9 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 def is_plain_tensor(x: Tensor) -> bool:
     """Tell whether numbers lie in memory as they are: float32 on a CPU, and nobody's own kind of tensor."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_neg()
+    if type(x) not in (Tensor, nn.Parameter) or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return not x.is_neg() and not x._is_zerotensor()
 
 
 def at(numbers: Tensor | None) -> int | None:

@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # 
     "two taps": (32, 32, (7, 7), 3, {"kernel_size": 2, "stride": 2}),
     "odd channels": (21, 17, (5, 8), 7, {"padding": 1}),
     "large windows, wide padding": (16, 16, (6, 5), 3, {"kernel_size": 5, "padding": 4}),
+    "more padding than is seen": (16, 16, (20, 1), 2, {"padding": 5, "stride": 10}),
     "no padding": (16, 20, (7, 9), 2, {}),
     "strides past the end": (16, 16, (8, 8), 2, {"stride": 3}),
     "more than one place at a time": (16, 16, (3, 3), 90, {"padding": 1}),
@@ -78,7 +79,7 @@ def test_gradients_are_pytorchs(name: str, calls: list[int]) -> None:
     for ours, theirs, right in zip(found, usual, exact, strict=True):
         assert ours.shape == right.shape
         apart, own, size = (float(one.double().norm()) for one in (ours - right, theirs - right, right))
-        assert apart < 4 * own + 1e-6 * size
+        assert apart <= 4 * own + 1e-6 * size  # all are zeros where only padding is seen
     assert torch.equal(found[0], usual[0])
     assert found[2].stride() == layer.weight.stride()
 
@@ -195,3 +196,31 @@ def test_a_backward_pass_of_other_numbers_is_pytorchs(change: str, calls: list[i
         torch.testing.assert_close(ways[0], ways[1], rtol=1e-2, atol=1e-2)
     else:
         assert ways[0] == ways[1]
+
+
+def test_a_gradient_that_holds_no_numbers_is_pytorchs(calls: list[int]) -> None:
+    layer, x = make("every second place")
+    out = layer(x)
+    came = torch._efficientzerotensor((4, *out.shape[2:], 64)).movedim(3, 1)
+    [gradient] = torch.autograd.grad(out, layer.weight, came)
+    assert not gradient.any()
+    assert calls == []
+
+
+class Nothing(torch.autograd.Function):
+    """Have no gradient."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> None:
+        return None
+
+
+def test_what_has_no_gradient_gives_none() -> None:
+    """Zeros would let a weight decay."""
+    layer, x = make("every second place")
+    Nothing.apply(layer(x)).sum().backward()
+    assert layer.weight.grad is None
