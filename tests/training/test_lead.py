@@ -12,6 +12,7 @@ def test_nobody_is_ahead_of_a_cpu() -> None:
     lead = Lead(torch.device("cpu"))
     for _ in range(2 * STEPS):
         lead.keep()
+    assert not lead._ends
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU does one thing after the other")

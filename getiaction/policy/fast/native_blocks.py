@@ -27,6 +27,7 @@ from getiaction.policy.fast.native_norms import (
     MISH,
     Between,
     at,
+    expect_plain,
     halves,
     is_plain_norm,
     is_plain_tensor,
@@ -131,7 +132,9 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, film, kept, *weights), gradient = ctx.saved_tensors, in_rows(gradients[0])
+        x, film, kept, *weights = saved = ctx.saved_tensors
+        expect_plain(gradients[0], *saved)
+        gradient = in_rows(gradients[0])
         x, film = in_rows(x), film if film.stride(-1) == 1 else film.contiguous()  # hooks may have saved them otherwise
         one, sizes = describe(x, film, ctx.how, weights)
         place(one, sizes, addresses(kept, sizes.kept()))

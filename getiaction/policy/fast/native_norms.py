@@ -150,6 +150,19 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def expect_plain(*numbers: Tensor | None) -> None:
+    """Check what a backward pass was given, whatever hooks, casts and transforms have made of it since.
+
+    Raises:
+        RuntimeError: C would read something else.
+    """
+    if not all(one is None or is_plain_tensor(one) for one in numbers):
+        raise RuntimeError(
+            "what learns in C goes back with plain float32 tensors of the CPU only, as it went forwards: "
+            "use hardware.convolutions=library, or do without `use_native`"
+        )
+
+
 class _Normalise(torch.autograd.Function):
     """Add `start` (C,) to x (B, C, ...), normalise, and go on as `How` says."""
 
@@ -176,7 +189,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, start, weight, bias, film, moments, out = ctx.saved_tensors
+        x, start, weight, bias, film, moments, out = saved = ctx.saved_tensors
+        expect_plain(gradients[0], *saved)
         x, out = in_rows(x), None if out is None else in_rows(out)  # hooks may have saved them otherwise
         film = film if film is None or film.stride(-1) == 1 else film.contiguous()
         given = in_rows(gradients[0]), x, start, weight, bias, film, moments.contiguous(), out

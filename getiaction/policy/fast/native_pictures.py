@@ -1,7 +1,7 @@
 """Learn on a CPU with the gradient of the weights of a convolution of pictures as one call of C: `native_pictures.c`.
 
-oneDNN multiplies half as fast for it as for the other two passes, which are left to it. benchmarks/NOTES.md says by how
-much this is faster.
+oneDNN takes up to twice as long for it as for each of the other two passes, which are left to it. benchmarks/NOTES.md
+says by how much this is faster.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ def test_the_kernel_compiles(tmp_path: Path) -> None:
     (tmp_path / "clear.ptx").write_bytes(CLEAR.rstrip(b"\0"))
     command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90", str(tmp_path / "clear.ptx"), "-o", str(tmp_path / "out")]
     subprocess.run(command, check=True)
+    assert (tmp_path / "out").stat().st_size > 0
 
 
 @needs_gpu

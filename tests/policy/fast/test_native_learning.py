@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder
 from getiaction.policy.fast import native, native_blocks, native_layers, native_norms, native_pictures
@@ -387,6 +388,32 @@ def test_second_derivatives_are_refused() -> None:
     out = block.modulate(x.requires_grad_(), film)
     with pytest.raises(RuntimeError, match=r"has no second derivative.*hardware.convolutions=library"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("of", ["a block", "a norm"])
+@pytest.mark.parametrize("change", ["a gradient without memory", "a weight cast in between", "saved in two bytes"])
+def test_a_backward_pass_of_other_numbers_is_refused(of: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C would read, and write, what is not there."""
+    monkeypatch.setattr(native_layers, "MANY", 0)
+    block, norm = make_block(16, 24), nn.GroupNorm(2, 16)
+    use_native(block)
+    x = torch.randn(2, 16, 1, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def run() -> Tensor:
+        return block.modulate(x, torch.randn(2, 48)) if of == "a block" else native_layers.normalise(norm, x, RELU)
+
+    if "saved" in change:
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: one.bfloat16(), lambda one: one):
+            out = run()
+    else:
+        out = run()
+    came: Tensor = torch.ones_like(out)
+    if "memory" in change:
+        came = TwoTensor(came, came)
+    elif "cast" in change:
+        (block if of == "a block" else norm).half()
+    with pytest.raises(RuntimeError, match="plain float32 tensors"):
+        torch.autograd.grad(out, x, came)
 
 
 def test_the_trial_is_in_float32_whatever_the_default_is() -> None:
