@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from getiaction.policy.fast.beside import are_leaves, beside, lay_as
 from getiaction.policy.fast.casts import cast, multiplied_in
-from getiaction.policy.fast.kernels import few_kernels_for, kernels_for, native_gradient_for
+from getiaction.policy.fast.kernels import few_kernels_for, kernels_for, native_convolution_for
 from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
@@ -74,7 +74,7 @@ class Conv2d(nn.Conv2d):
         if learns_under_autocast(self, x):
             padding = int(self.padding[0]), int(self.padding[1])
             return _CastConvolution.apply(x, self.weight, self.bias, self.stride, padding)
-        if (native := native_gradient_for(self, x)) is not None and is_plain(self):
+        if (native := native_convolution_for(self, x)) is not None and is_plain(self):
             return native.convolve(self, x)
         return convolve(self, x) if pays(self, x) else super().forward(x)
 

@@ -56,7 +56,7 @@ def native_block_for(block: nn.Module, x: Tensor, film: Tensor) -> ModuleType | 
     return blocks if blocks.takes(block, x, film) else None
 
 
-def native_gradient_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
+def native_convolution_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
     """Return `native_pictures.py` for a plain convolution that learns on a CPU and sees x (B, C, h, w), or None."""
     if x.device.type != "cpu" or not layer.by_native or not layer.training or x.ndim != 4:
         return None

@@ -19,24 +19,61 @@ typedef struct {
 int64_t panel_width(void) { return PANEL; }
 int64_t operation_size(void) { return sizeof(operation); }
 
-// Add the products of ROWS rows of x with `depth` rows of a panel to the sums, two vectors a row.
+// Two vectors of sums to up to PANEL columns: with the bias, or to what is there.
+static inline void put(float *to, int64_t columns, vector left, vector right, const float *bias, int64_t adds) {
+    const float *added = adds ? to : bias;
+    if (columns == PANEL) {
+        if (added) left += *(const vector *)added, right += *(const vector *)(added + WIDE);
+        *(vector *)to = left, *(vector *)(to + WIDE) = right;
+        return;
+    }
+    for (int64_t i = 0; i < columns; i++) to[i] = (i < WIDE ? left[i] : right[i - WIDE]) + (added ? added[i] : 0);
+}
+
+// The products of ROWS rows of x with `depth` rows of a panel.
 #define MULTIPLY(ROWS)                                                                                                 \
-    static void multiply_##ROWS(const float *const *x, const float *panel, int64_t depth, vector *sums) {              \
-        vector own[2 * ROWS];                                                                                          \
-        for (int i = 0; i < 2 * ROWS; i++) own[i] = sums[i];                                                           \
-        for (int64_t k = 0; k < depth; k++) {                                                                          \
+    static void multiply_##ROWS(const float *const *x, int64_t k, const float *panel, int64_t depth, float *const *out, \
+                                int64_t column, int64_t columns, const float *bias, int64_t adds) {                    \
+        vector own[2 * ROWS] = {0};                                                                                    \
+        const float *from[ROWS];                                                                                       \
+        for (int row = 0; row < ROWS; row++) from[row] = x[row] + k;                                                   \
+        for (k = 0; k < depth; k++) {                                                                                  \
             vector left = *(const vector *)(panel + k * PANEL), right = *(const vector *)(panel + k * PANEL + WIDE);   \
             for (int row = 0; row < ROWS; row++) {                                                                     \
-                own[2 * row] += left * x[row][k];                                                                      \
-                own[2 * row + 1] += right * x[row][k];                                                                 \
+                own[2 * row] += left * from[row][k];                                                                   \
+                own[2 * row + 1] += right * from[row][k];                                                              \
             }                                                                                                          \
         }                                                                                                              \
-        for (int i = 0; i < 2 * ROWS; i++) sums[i] = own[i];                                                           \
+        for (int row = 0; row < ROWS; row++)                                                                           \
+            put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);                               \
     }
 MULTIPLY(1)
 MULTIPLY(2)
 MULTIPLY(4)
 MULTIPLY(6)
+
+// The same for twelve rows of x that are `apart`: with 32 vectors, and addresses made of five numbers instead of twelve.
+static void multiply_12(const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
+                        int64_t column, int64_t columns, const float *bias, int64_t adds) {
+    const float *from[4] = {x, x + 3 * apart, x + 6 * apart, x + 9 * apart};
+    vector own[24] = {0};
+    for (int64_t k = 0; k < depth; k++, panel += PANEL) {
+        vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDE);
+        for (int i = 0; i < 4; i++) {
+            for (int row = 0; row < 3; row++) {
+                own[6 * i + 2 * row] += left * from[i][row * apart];
+                own[6 * i + 2 * row + 1] += right * from[i][row * apart];
+            }
+            from[i]++;
+        }
+    }
+    for (int row = 0; row < 12; row++) put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);
+}
+
+static int are_apart(const float *const *x, int64_t rows) {
+    for (int64_t i = 2; i < rows; i++) if (x[i] - x[i - 1] != x[1] - x[0]) return 0;
+    return 1;
+}
 
 static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t step_stride) {
     return row / steps * batch_stride + row % steps * step_stride;
@@ -44,31 +81,26 @@ static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t s
 
 void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
                    int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds) {
-    vector sums[2 * MANY];
     for (int64_t number = first_panel; number < last_panel; number++) {
-        const float *panels = weight + number * PANEL * depth;
         int64_t column = number * PANEL, columns = channels - column < PANEL ? channels - column : PANEL;
-        memset(sums, 0, sizeof(vector) * 2 * rows);
+        const float *added = bias ? bias + column : NULL;
         for (int64_t k = 0; k < width; k += DEEP) {
-            int64_t some = width - k < DEEP ? width - k : DEEP;
+            int64_t some = width - k < DEEP ? width - k : DEEP, more = adds || k;
+            const float *panel = weight + (number * depth + k) * PANEL;
             for (int64_t row = 0, taken; row < rows; row += taken) {
                 int64_t left = rows - row;
-                const float *from[6], *panel = panels + k * PANEL;
+                const float *const *from = x + row;
+                float *const *to = out + row;
                 // eight rows are two of four, not six and two
                 taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                for (int64_t i = 0; i < taken; i++) from[i] = x[row + i] + k;
-                if (taken == 6) multiply_6(from, panel, some, sums + 2 * row);
-                else if (taken == 4) multiply_4(from, panel, some, sums + 2 * row);
-                else if (taken == 2) multiply_2(from, panel, some, sums + 2 * row);
-                else multiply_1(from, panel, some, sums + 2 * row);
+                if (WIDE > 8 && left >= 12 && are_apart(from, 12)) {
+                    multiply_12(from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
+                    taken = 12;
+                } else if (taken == 6) multiply_6(from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 4) multiply_4(from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 2) multiply_2(from, k, panel, some, to, column, columns, added, more);
+                else multiply_1(from, k, panel, some, to, column, columns, added, more);
             }
-        }
-        for (int64_t row = 0; row < rows; row++) {
-            float *to = out[row] + column;
-            const float *sum = (const float *)(sums + 2 * row), *added = bias ? bias + column : NULL;
-            if (adds) for (int64_t i = 0; i < columns; i++) to[i] += sum[i];
-            else if (added) for (int64_t i = 0; i < columns; i++) to[i] = sum[i] + added[i];
-            else for (int64_t i = 0; i < columns; i++) to[i] = sum[i];
         }
     }
 }

@@ -14,7 +14,12 @@
 #endif
 #endif
 #define PANEL (2 * WIDE) // columns of a weight that lie side by side
-#define MANY 64          // rows whose sums are kept at once
+#define MANY 60          // rows whose sums are kept at once
+#if WIDE > 8 // and 32 vectors
+#define TALL 11 // channels whose gradients are summed up at once
+#else
+#define TALL 6
+#endif
 typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
 
 // What follows IN_PARALLEL is done by each thread, which then knows what its part is; WAIT lets them wait for each other.
@@ -32,6 +37,19 @@ typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
 // A panel has `depth` rows, of which the first `width` count.
 void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
                    int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds);
+
+// The products of TALL numbers of `a`, whose rows are `apart`, with the columns of a panel `b`, added up over rows.
+static inline void add_products(const float *a, int64_t apart, const float *b, int64_t rows, vector *sums) {
+    vector own[2 * TALL] = {0};
+    for (int64_t row = 0; row < rows; row++, a += apart, b += PANEL) {
+        vector left = *(const vector *)b, right = *(const vector *)(b + WIDE);
+        for (int i = 0; i < TALL; i++) {
+            own[2 * i] += left * a[i];
+            own[2 * i + 1] += right * a[i];
+        }
+    }
+    for (int i = 0; i < 2 * TALL; i++) sums[i] += own[i];
+}
 
 // What is between two convolutions: native_norms.c. What is not there is NULL.
 typedef struct {

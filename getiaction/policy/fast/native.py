@@ -1,10 +1,11 @@
 """Find the operations in C: compiled at the first use, for this CPU, and kept in the cache.
 
-They are those of who acts, `native.c`, and of who learns, `native_norms.c`, `native_blocks.c` and `native_pictures.c`,
-which say why. Acting asks for a few rows. PyTorch then packs each weight anew for every product, or reads it as slowly
-as it lies, and takes a call for each operation. Here weights lie as they are read, and a denoising step is one call. It
-takes a C compiler (`$CC`, gcc, cc or clang); without one, or where what it made computes something else, PyTorch's
-operations are taken: see `unrolled`. What is in the cache is named after its own content and belongs to who runs it.
+They are those of who acts, `native.c`, and of who learns, `native_norms.c`, `native_blocks.c`, `native_pictures.c` and
+`native_winograd.c`, which say why. Acting asks for a few rows. PyTorch then packs each weight anew for every product,
+or reads it as slowly as it lies, and takes a call for each operation. Here weights lie as they are read, and a
+denoising step is one call. It takes a C compiler (`$CC`, gcc, cc or clang); without one, or where what it made computes
+something else, PyTorch's operations are taken: see `unrolled`. What is in the cache is named after its own content and
+belongs to who runs it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from getiaction.files import default_cache_dir
 from getiaction.machine import read_cpu
 
 log = logging.getLogger(__name__)
-NAMES = ("native.c", "native_norms.c", "native_blocks.c", "native_pictures.c")
+NAMES = ("native.c", "native_norms.c", "native_blocks.c", "native_pictures.c", "native_winograd.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADER = Path(__file__).with_name("native.h")
 # Sums may be split over the lanes of a vector; infinities and NaN stay what they are, and so does the CPU's own state,

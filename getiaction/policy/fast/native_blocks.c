@@ -2,9 +2,8 @@
 // stay in a cache from the first convolution to the last norm; the weights' gradients are shared by their columns. Every
 // number is the same sum in the same order for any number of threads.
 #include "native.h"
-#define TALL 6  // channels whose gradients are summed up at once
 #define DEEP 64 // rows whose products are summed up in the first cache
-#define HIGH 8  // times TALL channels, for which windows are copied once
+#define HIGH (48 / TALL + 2 * (TALL == 11)) // times TALL channels, for which windows are copied once: 48 or 66
 #define SOME 192 // moments of samples that go through a block together
 
 typedef struct {
@@ -79,20 +78,6 @@ static void pad(float *padded, int64_t steps, int64_t edge, int64_t channels) {
     memset(padded + (steps + edge) * channels, 0, sizeof(float) * edge * channels);
 }
 
-// The products of TALL channels of `a` with the columns of `b`, summed up over rows.
-static void add_products(const float *a, const float *b, int64_t rows, vector *sums) {
-    vector own[2 * TALL];
-    for (int i = 0; i < 2 * TALL; i++) own[i] = sums[i];
-    for (int64_t row = 0; row < rows; row++, a += HIGH * TALL, b += PANEL) {
-        vector left = *(const vector *)b, right = *(const vector *)(b + WIDE);
-        for (int i = 0; i < TALL; i++) {
-            own[2 * i] += left * a[i];
-            own[2 * i + 1] += right * a[i];
-        }
-    }
-    for (int i = 0; i < 2 * TALL; i++) sums[i] = own[i];
-}
-
 // The gradient of a weight: of what came out (B, T, C') times the windows of what went in, (B, T, k C).
 static void weigh(const convolution *one, const float *by_out, int64_t out_batch, int64_t out_step, const float *x,
                   int64_t x_batch, int64_t x_step, int64_t samples, int64_t steps, int64_t part, int64_t parts) {
@@ -117,7 +102,7 @@ static void weigh(const convolution *one, const float *by_out, int64_t out_batch
                 from_x += x_step, from_out += out_step;
                 if (++t == seen) t = 0, from_x += x_batch - seen * x_step, from_out += out_batch - seen * out_step;
             }
-            for (int64_t group = 0; group * TALL < count; group++) add_products(a + group * TALL, b, depth, sums[group]);
+            for (int64_t group = 0; group * TALL < count; group++) add_products(a + group * TALL, HIGH * TALL, b, depth, sums[group]);
         }
         for (int64_t c = 0; c < count; c++) {
             const float *sum = (const float *)sums[c / TALL] + c % TALL * PANEL;

@@ -2,7 +2,6 @@
 // went in, over all places, summed up in registers. Samples are copied before, as they are read, with zeros around. The
 // weights are shared by the threads, so every number is the same sum in the same order for any number of them.
 #include "native.h"
-#define TALL 6 // channels whose gradients are summed up at once
 
 typedef struct {
     int64_t batch, in, out, kernel, stride, padding; // C, C'
@@ -82,10 +81,9 @@ static void copy_came(const pictures *one, int64_t batch, float *to) {
 
 // Add the products of TALL channels with PANEL others, at one tap of some samples.
 static void add_tap(const pictures *one, int64_t samples, const float *came, const float *seen, float *sums) {
-    vector own[2 * TALL];
+    vector own[2 * TALL] = {0};
     int64_t step = one->stride * PANEL, columns = wide(one), line = one->stride * columns * PANEL;
     int64_t sample = tall(one) * columns * PANEL;
-    memcpy(own, sums, sizeof(own));
     for (int64_t batch = 0; batch < samples; batch++)
         for (int64_t y = 0; y < one->out_height; y++) {
             const float *at = seen + batch * sample + y * line;
@@ -97,7 +95,7 @@ static void add_tap(const pictures *one, int64_t samples, const float *came, con
                 }
             }
         }
-    memcpy(sums, own, sizeof(own));
+    for (int i = 0; i < 2 * TALL; i++) ((vector *)sums)[i] += own[i];
 }
 
 void weigh_pictures(const pictures *one, int64_t threads) {

@@ -1,7 +1,8 @@
-"""Learn on a CPU with the gradient of the weights of a convolution of pictures as one call of C: `native_pictures.c`.
+"""Learn on a CPU with a convolution of pictures by calls of C.
 
-oneDNN takes up to twice as long for it as for each of the other two passes, which are left to it. benchmarks/NOTES.md
-says by how much this is faster.
+Where Winograd's products are fewer, each way is one: `native_winograd.py`. Else the gradient of the weights is one, by
+`native_pictures.c`: without AVX-512 oneDNN takes up to twice as long for it as for each of the other two passes, which
+are left to it. benchmarks/NOTES.md says by how much this is faster.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from getiaction.policy.fast import native_winograd
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_norms import FLOATS, LAST, is_plain_tensor, once
 from getiaction.policy.fast.watch import is_transformed
@@ -77,7 +79,10 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.window, ctx.shapes = (stride, padding), (x.shape, weight.shape)
+        ctx.by_tiles = native_winograd.takes(x, weight, bias, stride, padding)
         ctx.set_materialize_grads(False)  # of what nobody used there is none
+        if ctx.by_tiles:
+            return convolver().convolve(x, weight, bias)
         return torch.convolution(x, weight, bias, (stride, stride), (padding, padding), ONES, False, ZEROS, 1)
 
     @staticmethod
@@ -91,11 +96,15 @@ class _Convolution(torch.autograd.Function):
         how = (stride, stride), (padding, padding), ONES, False, ZEROS, 1
         # hooks, and who differentiates, may have brought others
         fits = (x.shape, weight.shape) == ctx.shapes and lie_as_they_are(x, weight, gradient)
-        gradient = in_rows(gradient) if fits else gradient
-        if needs_x:
+        gradient, by_tiles = in_rows(gradient) if fits else gradient, fits and ctx.by_tiles
+        if needs_x and by_tiles:
+            by_x = convolver().convolve(gradient, weight, is_turned=True)
+        elif needs_x:
             by_x = torch.ops.aten.convolution_backward(gradient, x, weight, None, *how, (True, False, False))[0]
-        if needs_weight and fits:
-            by_weight = found().weigh(in_rows(x), gradient, weight, stride, padding)
+        if needs_weight and by_tiles:
+            by_weight = convolver().weigh(in_rows(x), gradient, weight)
+        elif needs_weight and fits:
+            by_weight = weigher().weigh(in_rows(x), gradient, weight, stride, padding)
         elif needs_weight:
             by_weight = torch.ops.aten.convolution_backward(gradient, x, weight, None, *how, (False, True, False))[1]
         if needs_bias:
@@ -143,11 +152,18 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return cast(Tensor, _Convolution.apply(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0])))
 
 
-def found() -> Weigher:
+def weigher() -> Weigher:
     """Return the compiled operation, which is there."""
-    weigher = find_pictures()
-    assert weigher is not None
-    return weigher
+    found = find_pictures()
+    assert found is not None
+    return found
+
+
+def convolver() -> native_winograd.Convolver:
+    """Return the compiled operations of tiles, which are there."""
+    found = native_winograd.find_winograd()
+    assert found is not None
+    return found
 
 
 @cache
@@ -157,20 +173,23 @@ def find_pictures() -> Weigher | None:
 
 
 def compare() -> None:
-    """Compare the gradient of weights with PyTorch's in float64.
+    """Compare convolutions, and their gradients, with PyTorch's in float64.
 
     Raises:
         ArithmeticError: they are not the same to rounding.
     """
     draw = torch.Generator().manual_seed(0)
-    for wide, high, side, kernel, stride in (40, 20, 7, 3, 1), (16, 50, 6, 3, 2), (32, 16, 5, 1, 2):
-        x = torch.randn((3, side, side, wide), generator=draw, **FLOATS).movedim(3, 1)
+    shapes = (40, 20, 7, 3, 1), (16, 50, 6, 3, 2), (32, 16, 5, 1, 2), (32, 48, 9, 3, 1), (48, 16, 6, 3, 1)
+    for wide, high, side, kernel, stride in shapes:
+        x = torch.randn((5, side, side, wide), generator=draw, **FLOATS).movedim(3, 1)
         weight = torch.randn((high, wide, kernel, kernel), generator=draw, **FLOATS).requires_grad_()
-        exact = weight.detach().double().requires_grad_()
+        x = x.requires_grad_()
+        precise, exact = (one.detach().double().requires_grad_() for one in (x, weight))
         ours = _Convolution.apply(x, weight, None, stride, kernel // 2)
-        theirs = torch.nn.functional.conv2d(x.double(), exact, None, stride, kernel // 2)
+        theirs = torch.nn.functional.conv2d(precise, exact, None, stride, kernel // 2)
         came = torch.randn(ours.shape, generator=draw, **FLOATS)
-        [one] = torch.autograd.grad(ours, weight, came)
-        [other] = torch.autograd.grad(theirs, exact, came.double())
-        if not float((one - other).norm()) < 1e-4 * float(other.norm()):
-            raise ArithmeticError("a convolution's weights get another gradient")
+        found = torch.autograd.grad(ours, [x, weight], came)
+        wanted = torch.autograd.grad(theirs, [precise, exact], came.double())
+        for one, other in zip((ours.detach(), *found), (theirs.detach(), *wanted), strict=True):
+            if not float((one - other).norm()) < 1e-4 * float(other.norm()):
+                raise ArithmeticError("a convolution computes something else")

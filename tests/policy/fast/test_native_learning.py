@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from getiaction.policy import ConditionalUnet1d, ImageEncoder
-from getiaction.policy.fast import native, native_blocks, native_layers, native_norms, native_pictures
+from getiaction.policy.fast import native, native_blocks, native_layers, native_norms, native_pictures, native_winograd
 from getiaction.policy.fast.convolution import Conv1d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.native_norms import MISH, PLAIN, RELU
@@ -475,20 +475,21 @@ def test_a_picture_that_is_no_number_stays_none(norm: nn.Module, monkeypatch: py
     assert x.grad.isnan().any()
 
 
-def test_vectors_of_other_cpus_compute_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.mark.parametrize("numbers", [8, 16])
+def test_vectors_of_other_cpus_compute_the_same(numbers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """A compiler makes pairs of vectors of 16 numbers, which only AVX-512 has, so they can be tried anywhere."""
     monkeypatch.setenv("GETIACTION_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "FAST", (*native.FAST, "-DWIDE=16"))
+    monkeypatch.setattr(native, "FAST", (*native.FAST, f"-DWIDE={numbers}"))
     finders = (
         *(native.find_library, native_norms.find_norms, native_blocks.find_blocks),
-        *(native_pictures.find_pictures, native_layers.works),
+        *(native_pictures.find_pictures, native_winograd.find_winograd, native_layers.works),
     )
     for finder in finders:
         finder.cache_clear()
     try:
         library = native.find_library()
         assert library is not None
-        assert library.panel == 32
+        assert library.panel == 2 * numbers
         assert native_layers.works()
         wide, high, steps, batch, special = BLOCKS["with a residual convolution"]
         block = make_block(wide, high, **special)
@@ -496,7 +497,7 @@ def test_vectors_of_other_cpus_compute_the_same(monkeypatch: pytest.MonkeyPatch,
         exact = block_passes(copy.deepcopy(block).double(), steps, batch, torch.float64, "samples outermost")
         use_native(block)
         assert_rounding_only(block_passes(block, steps, batch, torch.float32, "samples outermost"), usual, exact)
-        native_pictures.compare()  # of 40, 16 and 32 channels
+        native_pictures.compare()
     finally:
         for finder in finders:
             finder.cache_clear()

@@ -1,4 +1,4 @@
-"""The gradient of a convolution's weights by C, on a CPU: PyTorch's, for any shape, layout and number of threads."""
+"""Convolutions of pictures that learn by C, on a CPU: PyTorch's, for any shape, layout and number of threads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from getiaction.policy.fast import native, native_layers, native_pictures
+from getiaction.policy.fast import native, native_layers, native_pictures, native_winograd
 from getiaction.policy.fast.convolution import Conv2d
 from getiaction.policy.fast.native_layers import use_native
 
 SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # C, C', (h, w), B, what else is special
-    "as in a ResNet": (64, 64, (21, 21), 3, {"padding": 1}),
+    "as in a ResNet": (64, 64, (21, 21), 3, {"kernel_size": 5, "padding": 2}),
     "every second place": (32, 64, (9, 9), 4, {"padding": 1, "stride": 2}),
     "every second place, even sides": (32, 48, (8, 6), 5, {"padding": 1, "stride": 2}),
     "two taps": (32, 32, (7, 7), 3, {"kernel_size": 2, "stride": 2}),
@@ -23,10 +23,22 @@ SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # 
     "more padding than is seen": (16, 16, (20, 1), 2, {"padding": 5, "stride": 10}),
     "no padding": (16, 20, (7, 9), 2, {}),
     "strides past the end": (16, 16, (8, 8), 2, {"stride": 3}),
-    "more than one place at a time": (16, 16, (3, 3), 90, {"padding": 1}),
+    "more than one place at a time": (16, 18, (3, 3), 90, {"padding": 1}),
     "one place": (256, 256, (1, 1), 3, {"padding": 1}),
     "with a bias": (24, 18, (4, 4), 3, {"padding": 1, "bias": True}),
+    "few tiles": (16, 16, (8, 8), 2, {"padding": 1}),
 }
+TILED: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # where Winograd's products are fewer
+    "tiles of a ResNet": (32, 64, (21, 21), 3, {"padding": 1}),
+    "small tiles": (32, 48, (6, 6), 5, {"padding": 1}),
+    "small tiles over the edge": (16, 32, (6, 5), 9, {"padding": 1}),
+    "tiles over the edge": (48, 16, (7, 5), 9, {"padding": 1}),
+    "more channels than are multiplied at once": (16, 528, (4, 4), 33, {"padding": 1}),
+    "tiles with a bias": (16, 32, (8, 8), 9, {"padding": 1, "bias": True}),
+    "many channels go in": (1040, 16, (3, 4), 40, {"padding": 1}),
+}
+SHAPES |= TILED
+BOTH = pytest.mark.parametrize("name", ["every second place", "tiles of a ResNet"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,48 +68,51 @@ def learn(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the gradients that C computes."""
-    counted, weigh = list[int](), native_pictures.Weigher.weigh
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect who computes gradients of weights, each time."""
+    counted = list[str]()
+    for owner in (native_pictures.Weigher, native_winograd.Convolver):
+        weigh: Any = owner.weigh
 
-    def count(own: native_pictures.Weigher, *given: Any) -> Tensor:
-        counted.append(1)
-        return weigh(own, *given)
+        def count(own: Any, *given: Any, weigh: Any = weigh) -> Tensor:
+            counted.append(type(own).__name__)
+            return weigh(own, *given)
 
-    monkeypatch.setattr(native_pictures.Weigher, "weigh", count)
+        monkeypatch.setattr(owner, "weigh", count)
     return counted
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradients_are_pytorchs(name: str, calls: list[int]) -> None:
+def test_gradients_are_pytorchs(name: str, calls: list[str]) -> None:
     """As near to float64's as PyTorch's in float32."""
     layer, x = make(name)
     found = learn(layer, x)
-    assert len(calls) == 1
+    assert calls == ["Convolver" if name in TILED else "Weigher"]
     layer.by_native = False
     usual, exact = learn(layer, x), learn(copy.deepcopy(layer).double(), x.double())
     for ours, theirs, right in zip(found, usual, exact, strict=True):
         assert ours.shape == right.shape
         apart, own, size = (float(one.double().norm()) for one in (ours - right, theirs - right, right))
         assert apart <= 4 * own + 1e-6 * size  # all are zeros where only padding is seen
-    assert torch.equal(found[0], usual[0])
+    assert name in TILED or torch.equal(found[0], usual[0])
     assert found[2].stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize("name", ["as in a ResNet", "odd channels", "more than one place at a time"])
+@pytest.mark.parametrize("name", ["as in a ResNet", "odd channels", "more than one place at a time", *TILED])
 def test_numbers_are_the_same_bit_by_bit_for_any_threads(name: str) -> None:
     layer, x = make(name)
     before, seen = torch.get_num_threads(), []
-    for number in (1, 2, 5):
+    for number in (1, 2, 3, 5):
         torch.set_num_threads(number)
-        seen.append(learn(layer, x)[2])
+        seen.append(learn(layer, x)[0 if name in TILED else 2 :])
     torch.set_num_threads(before)
-    assert all(torch.equal(seen[0], other) for other in seen[1:])
+    assert all(torch.equal(one, other) for found in seen[1:] for one, other in zip(seen[0], found, strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["weights", "gradient", "pictures", "expanded gradient", "a part of more channels"])
-def test_numbers_may_lie_anyhow(how: str, calls: list[int]) -> None:
-    layer, x = make("every second place, even sides")
+def test_numbers_may_lie_anyhow(how: str, name: str, calls: list[str]) -> None:
+    layer, x = make(name)
     wanted = learn(layer, x)
     if how == "weights":
         layer.weight.data = layer.weight.data.contiguous()
@@ -107,7 +122,7 @@ def test_numbers_may_lie_anyhow(how: str, calls: list[int]) -> None:
         found = learn(layer, x.contiguous())  # which PyTorch convolves as they lie
         assert len(calls) == 1
     elif how == "a part of more channels":
-        more = torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, :32]
+        more = torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]]
         found = learn(layer, more)
         assert len(calls) == 2
     else:
@@ -140,8 +155,9 @@ def test_numbers_may_lie_anyhow(how: str, calls: list[int]) -> None:
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(64, 1, 3, 3).expand(64, 32, 3, 3))),
     ],
 )
-def test_what_is_not_plain_is_left_to_pytorch(change: Any, calls: list[int]) -> None:
-    layer, x = make("every second place")
+@BOTH
+def test_what_is_not_plain_is_left_to_pytorch(change: Any, name: str, calls: list[str]) -> None:
+    layer, x = make(name)
     change(layer)
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
@@ -154,22 +170,25 @@ def test_a_wrong_number_of_channels_is_pytorchs_error() -> None:
         layer(x[:, :16])
 
 
-def test_second_derivatives_are_refused() -> None:
-    layer, x = make("every second place")
+@BOTH
+def test_second_derivatives_are_refused(name: str) -> None:
+    layer, x = make(name)
     with pytest.raises(RuntimeError, match=r"has no second derivative.*hardware.convolutions=library"):
         torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
 
 
-def test_what_is_no_number_stays_none() -> None:
-    layer, x = make("every second place")
+@BOTH
+def test_what_is_no_number_stays_none(name: str) -> None:
+    layer, x = make(name)
     x[0, 0, 0, 0] = torch.nan
     [gradient] = torch.autograd.grad(layer(x).sum(), layer.weight)
     assert gradient[:, 0].isnan().any()
 
 
+@BOTH
 @pytest.mark.parametrize("change", ["weight in two bytes", "weight in eight", "saved in two bytes", "several at once"])
-def test_a_backward_pass_of_other_numbers_is_pytorchs(change: str, calls: list[int]) -> None:
-    layer, x = make("every second place")
+def test_a_backward_pass_of_other_numbers_is_pytorchs(change: str, name: str, calls: list[str]) -> None:
+    layer, x = make(name)
 
     def learn_otherwise() -> Any:
         layer.float()
@@ -198,10 +217,11 @@ def test_a_backward_pass_of_other_numbers_is_pytorchs(change: str, calls: list[i
         assert ways[0] == ways[1]
 
 
-def test_a_gradient_that_holds_no_numbers_is_pytorchs(calls: list[int]) -> None:
-    layer, x = make("every second place")
+@BOTH
+def test_a_gradient_that_holds_no_numbers_is_pytorchs(name: str, calls: list[str]) -> None:
+    layer, x = make(name)
     out = layer(x)
-    came = torch._efficientzerotensor((4, *out.shape[2:], 64)).movedim(3, 1)
+    came = torch._efficientzerotensor((len(x), *out.shape[2:], 64)).movedim(3, 1)
     [gradient] = torch.autograd.grad(out, layer.weight, came)
     assert not gradient.any()
     assert calls == []
@@ -219,8 +239,9 @@ class Nothing(torch.autograd.Function):
         return None
 
 
-def test_what_has_no_gradient_gives_none() -> None:
+@BOTH
+def test_what_has_no_gradient_gives_none(name: str) -> None:
     """Zeros would let a weight decay."""
-    layer, x = make("every second place")
+    layer, x = make(name)
     Nothing.apply(layer(x)).sum().backward()
     assert layer.weight.grad is None
