@@ -1,10 +1,11 @@
 """Measure where this CPU learns faster by taps, and in C, than by PyTorch's layers: `python -m benchmarks.taps`.
 
 Layers of the presets' networks alone, forward and backward, with cold caches, as they are in a step: the library's
-convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then the gradient of a convolution's
-weights, by oneDNN and in C (native_pictures.py), and residual blocks of the U-Net, by layers, taps among them, and in C
-(native_blocks.py). Then whole steps without their data, with
-`hardware.convolutions=library`, and `taps` without C and with it, turn by turn in one process.
+convolution and `convolve_by_taps` (getiaction/policy/fast/taps.py) take turns. Then convolutions of pictures, by oneDNN
+and by tiles in C (native_winograd.py), the gradient of a convolution's weights alone, by oneDNN and in C
+(native_pictures.py), and residual blocks of the U-Net, by layers, taps among them, and in C (native_blocks.py). Then
+whole steps without their data, with `hardware.convolutions=library`, and `taps` without C and with it, turn by turn in
+one process.
 `hardware.convolutions=auto` should take them on a CPU where this says so: `learns_by_taps`
 (getiaction/config/placement.py) and the bounds in getiaction/policy/fast/convolution.py and native_blocks.py.
 """
@@ -33,8 +34,8 @@ from benchmarks.compute import our_step
 from benchmarks.train import QUIET
 from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
-from getiaction.policy.fast import native_blocks, native_pictures
-from getiaction.policy.fast.convolution import use_taps
+from getiaction.policy.fast import native_blocks, native_pictures, native_winograd
+from getiaction.policy.fast.convolution import Conv2d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 from getiaction.policy.fast.taps import convolve_by_taps
 from getiaction.policy.unet import ResidualBlock
@@ -51,6 +52,10 @@ LAYERS = [  # channels, channels that come out, kernel (h, w), stride, sides (h,
     *[(256, 256, (1, 5), 1, (1, moments)) for moments in (4, 8, 16)],
     (128, 128, (1, 5), 1, (1, 8)),
 ]
+TILED = [  # channels, channels that come out, side
+    (64, 64, 21), (128, 128, 11), (256, 256, 6), (64, 64, 14), (128, 128, 7), (256, 256, 4), (128, 128, 3),
+    (512, 512, 6), (32, 32, 21),
+]  # fmt: skip
 GRADIENTS = [  # channels, channels that come out, taps a side, stride, side
     (64, 64, 3, 1, 21), (64, 128, 3, 2, 21), (64, 128, 1, 2, 21), (128, 128, 3, 1, 11), (128, 256, 3, 2, 11),
     (128, 256, 1, 2, 11), (256, 256, 3, 1, 6), (512, 512, 3, 1, 3), (64, 64, 3, 1, 16), (32, 32, 3, 1, 21),
@@ -115,6 +120,24 @@ def measure_layer(layer: tuple[Any, ...], batch: int, rounds: int, cold: Tensor)
     return {"layer": shape, "batch": batch, "ms": found, "ratio": round(found["library"] / found["taps"], 2)}
 
 
+def measure_tiles(shape: tuple[int, int, int], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
+    """Return milliseconds of a convolution of 3x3 taps, forward and backward, by oneDNN and by tiles in C."""
+    channels, out, side = shape
+    layer = Conv2d(channels, out, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    assert use_native(layer), "there is no C compiler"
+    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(batch, out, side, side).contiguous(memory_format=torch.channels_last)
+    assert native_winograd.takes(x, layer.weight, None, 1, 1), "oneDNN takes it"
+
+    def by(convolve: Callable[[Conv2d, Tensor], Tensor]) -> Passes:
+        return lambda: torch.autograd.grad(convolve(layer, x), [x, layer.weight], gradient)
+
+    library = by(lambda layer, x: functional.conv2d(x, layer.weight, None, 1, 1))
+    found = median_ms({"oneDNN": library, "C": by(native_pictures.convolve)}, rounds, cold=cold)
+    shapes = f"{channels} -> {out}, {side}x{side}"
+    return {"tiles": shapes, "batch": batch, "ms": found, "ratio": round(found["oneDNN"] / found["C"], 2)}
+
+
 def measure_gradient(shape: tuple[int, ...], batch: int, rounds: int, cold: Tensor) -> dict[str, Any]:
     """Return milliseconds of the gradient of a convolution's weights, by oneDNN and in C."""
     channels, out, kernel, stride, side = shape
@@ -162,6 +185,7 @@ def measure_block(shape: tuple[int, int, int], batch: int, rounds: int, cold: Te
 
 TABLES: dict[str, tuple[list[Any], Callable[..., dict[str, Any]], tuple[str, str]]] = {
     "layer": (LAYERS, measure_layer, ("library", "taps")),
+    "tiles": (TILED, measure_tiles, ("oneDNN", "C")),
     "gradient": (GRADIENTS, measure_gradient, ("oneDNN", "C")),
     "block": (BLOCKS, measure_block, ("layers", "C")),
 }
@@ -198,7 +222,7 @@ def main() -> None:
         print(f"\n| {name} | batch | {one}, ms | {other}, ms | ratio |\n| --- | --- | --- | --- | --- |")
         for shape, batch in product(shapes, arguments.batches):
             found = measure(shape, batch, arguments.rounds, cold)
-            tables.setdefault(f"{name}s", []).append(found)
+            tables.setdefault(name if name == "tiles" else f"{name}s", []).append(found)
             ms = found["ms"]
             print(f"| {found[name]} | {batch} | {ms[one]} | {ms[other]} | **{found['ratio']}** |", flush=True)
     print("\n| preset | batch | library, ms a step | taps without C, ms | ratio | taps, ms | ratio |")

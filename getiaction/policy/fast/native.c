@@ -1,7 +1,8 @@
 // The operations of a U-Net that denoises a few rows, on memory that was laid out beforehand: native.py says what they
 // are. Each number is the same sum in the same order wherever its row lies, and however many rows and threads there are.
 #include "native.h"
-#define DEEP 512 // rows of a panel, which stay in the first cache while all rows of x pass
+#define DEEP 512 // rows of a panel, which stay in a cache while all rows of x pass
+#define AHEAD 1024 // numbers of a panel that are fetched before they are needed: the CPU's own look ends with each page
 
 enum { PRODUCT, NORM, COPY };
 
@@ -18,6 +19,10 @@ typedef struct {
 
 int64_t panel_width(void) { return PANEL; }
 int64_t operation_size(void) { return sizeof(operation); }
+
+static inline void fetch(const float *panel) {
+    for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(panel + AHEAD + i, 0, 2);
+}
 
 // Two vectors of sums to up to PANEL columns: with the bias, or to what is there.
 static inline void put(float *to, int64_t columns, vector left, vector right, const float *bias, int64_t adds) {
@@ -39,6 +44,7 @@ static inline void put(float *to, int64_t columns, vector left, vector right, co
         for (int row = 0; row < ROWS; row++) from[row] = x[row] + k;                                                   \
         for (k = 0; k < depth; k++) {                                                                                  \
             vector left = *(const vector *)(panel + k * PANEL), right = *(const vector *)(panel + k * PANEL + WIDE);   \
+            fetch(panel + k * PANEL);                                                                                  \
             for (int row = 0; row < ROWS; row++) {                                                                     \
                 own[2 * row] += left * from[row][k];                                                                   \
                 own[2 * row + 1] += right * from[row][k];                                                              \
@@ -51,6 +57,7 @@ MULTIPLY(1)
 MULTIPLY(2)
 MULTIPLY(4)
 MULTIPLY(6)
+MULTIPLY(8)
 
 // The same for twelve rows of x that are `apart`: with 32 vectors, and addresses made of five numbers instead of twelve.
 static void multiply_12(const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
@@ -59,6 +66,7 @@ static void multiply_12(const float *x, int64_t apart, const float *panel, int64
     vector own[24] = {0};
     for (int64_t k = 0; k < depth; k++, panel += PANEL) {
         vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDE);
+        fetch(panel);
         for (int i = 0; i < 4; i++) {
             for (int row = 0; row < 3; row++) {
                 own[6 * i + 2 * row] += left * from[i][row * apart];
@@ -91,12 +99,14 @@ void multiply_rows(const float *const *x, float *const *out, int64_t rows, const
                 int64_t left = rows - row;
                 const float *const *from = x + row;
                 float *const *to = out + row;
-                // eight rows are two of four, not six and two
-                taken = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                if (WIDE > 8 && left >= 12 && are_apart(from, 12)) {
+                // with 16 vectors eight rows are two of four, not six and two
+                if (left == 8 || left == 16) taken = WIDE > 8 ? 8 : left == 8 ? 4 : 6;
+                else taken = left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                if (WIDE > 8 && left >= 12 && left != 16 && are_apart(from, 12)) {
                     multiply_12(from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
                     taken = 12;
-                } else if (taken == 6) multiply_6(from, k, panel, some, to, column, columns, added, more);
+                } else if (taken == 8) multiply_8(from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 6) multiply_6(from, k, panel, some, to, column, columns, added, more);
                 else if (taken == 4) multiply_4(from, k, panel, some, to, column, columns, added, more);
                 else if (taken == 2) multiply_2(from, k, panel, some, to, column, columns, added, more);
                 else multiply_1(from, k, panel, some, to, column, columns, added, more);
