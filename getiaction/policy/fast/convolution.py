@@ -18,13 +18,14 @@ from torch.nn import functional
 
 from getiaction.policy.fast.beside import are_leaves, beside, lay_as
 from getiaction.policy.fast.casts import cast, multiplied_in
-from getiaction.policy.fast.kernels import few_kernels_for, kernels_for, native_convolution_for
+from getiaction.policy.fast.kernels import few_kernels_for, has_tiles_for, kernels_for, native_convolution_for
 from getiaction.policy.fast.taps import Pair, convolve_by_taps
 
 # Samples times places, for each channel, up to which the product is faster, as measured: benchmarks/NOTES.md.
 FEW = {torch.bfloat16: 3.0}
 # Where a product for each tap is faster, as measured: from how many input channels on, up to how many places.
 WIDE, MOMENTS, PIXELS = 256, 8, 16
+PIXELS_BESIDE_TILES = 9  # where `native_winograd.py` has what is larger
 
 
 class Conv1d(nn.Conv1d):
@@ -68,7 +69,7 @@ class Conv2d(nn.Conv2d):
         """Map (B, C, H, W) to (B, C', H', W')."""
         if (few := few_kernels_for(self, x)) is not None:
             return few.convolve_picture(self, x)
-        if self.by_taps and is_faster_by_taps(self, x, PIXELS):
+        if self.by_taps and is_faster_by_taps(self, x, most_pixels(self, x)):
             sizes = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
             return convolve_by_taps(x, self.weight, self.bias, *sizes).contiguous(memory_format=torch.channels_last)
         if learns_under_autocast(self, x):
@@ -148,6 +149,12 @@ def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32:
         return False
     return x.ndim in (4, layer.weight.ndim) and count_places(layer, x) <= most
+
+
+def most_pixels(layer: Conv2d, x: Tensor) -> int:
+    """Return up to how many places products for taps are faster."""
+    has_tiles = layer.by_native and has_tiles_for(layer, x)
+    return PIXELS_BESIDE_TILES if has_tiles else PIXELS
 
 
 def learns_under_autocast(layer: Conv2d, x: Tensor) -> bool:

@@ -66,6 +66,13 @@ def native_convolution_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
     return pictures if pictures.takes(layer, x) else None
 
 
+def has_tiles_for(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Tell whether a convolution that learns on a CPU does so by Winograd's tiles: `native_winograd.py`."""
+    if (pictures := native_convolution_for(layer, x)) is None:
+        return False
+    return bool(pictures.has_tiles(layer, x))
+
+
 def find_native(x: Tensor) -> ModuleType | None:
     """Return `native_layers.py` where x may be taken: float32 on a CPU, with gradients, and there is a C compiler."""
     from getiaction.policy.fast import native_layers, native_norms

@@ -142,6 +142,11 @@ def takes(layer: nn.Conv2d, x: Tensor) -> bool:
     return weight.requires_grad and all(is_plain_tensor(one) for one in numbers) and is_dense(weight)
 
 
+def has_tiles(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Tell whether a convolution that is taken is done by `native_winograd.py`."""
+    return native_winograd.takes(x, layer.weight, layer.bias, layer.stride[0], int(layer.padding[0]))
+
+
 def is_dense(weight: Tensor) -> bool:
     """Tell whether numbers lie side by side, in whatever order, each once."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.fast import native, native_layers, native_pictures, native_winograd
-from getiaction.policy.fast.convolution import Conv2d
+from getiaction.policy.fast.convolution import Conv2d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 
 SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # C, C', (h, w), B, what else is special
@@ -162,6 +162,17 @@ def test_what_is_not_plain_is_left_to_pytorch(change: Any, name: str, calls: lis
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
     assert calls == []
+
+
+@pytest.mark.parametrize(("side", "batch", "taken"), [(4, 32, ["Convolver"]), (4, 31, []), (3, 32, [])])
+def test_tiles_come_before_taps(side: int, batch: int, taken: list[str], calls: list[str]) -> None:
+    """Where there are enough of them."""
+    layer = Conv2d(256, 256, 3, padding=1)
+    use_taps(layer)
+    assert use_native(layer)
+    learn(layer, torch.randn(batch, 256, side, side).contiguous(memory_format=torch.channels_last))
+    assert layer.by_taps
+    assert calls == taken
 
 
 def test_a_wrong_number_of_channels_is_pytorchs_error() -> None:
