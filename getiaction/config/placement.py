@@ -42,7 +42,7 @@ def copies_lines(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
 
 
 def learns_by_taps(hardware: HardwareConfig, accelerator: Accelerator) -> bool:
-    """Tell whether wide convolutions learn by taps, and blocks by C: where they can, on CPUs known to be faster so."""
+    """Tell whether convolutions learn by taps, tiles and C: where they can, on CPUs known to be faster so."""
     can = (accelerator.device.type, accelerator.mixed_precision, hardware.compile) == ("cpu", "no", False)
     known = read_cpu("vendor_id") in ("GenuineIntel", "AuthenticAMD")  # benchmarks/NOTES.md
     return can and (hardware.convolutions == "taps" or (hardware.convolutions == "auto" and known))

@@ -60,6 +60,8 @@ def native_convolution_for(layer: nn.Conv2d, x: Tensor) -> ModuleType | None:
     """Return `native_pictures.py` for a plain convolution that learns on a CPU and sees x (B, C, h, w), or None."""
     if x.device.type != "cpu" or not layer.by_native or not layer.training or x.ndim != 4:
         return None
+    if "weight" not in layer._parameters:  # it is computed each time that somebody looks at it
+        return None
     if torch.compiler.is_compiling() or (native := find_native(x)) is None:
         return None
     pictures: ModuleType = native.native_pictures

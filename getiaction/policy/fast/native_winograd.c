@@ -288,6 +288,10 @@ INLINE void add_row(int tile, const winograd *one, int row, int64_t first, int64
     int64_t tiles = tiles_of(one), ins = blocks_of(one->in, PANEL), outs = blocks_of(one->out, TALL), wide = one->out + SKEW;
     int64_t from = first * TALL / WIDE * WIDE, to = last * TALL < one->out ? last * TALL : one->out, side = tile + 2;
     float *came = seen + side * one->some * ins * PANEL;
+    // what is multiplied and counts for nothing: whatever lies there must not be so small that it takes long
+    for (int64_t point = 0; point < side && one->in % PANEL; point++)
+        memset(seen + ((point + 1) * ins - 1) * one->some * PANEL, 0, sizeof(float) * one->some * PANEL);
+    for (int64_t i = 0; i < side * one->some; i++) memset(came + i * wide + one->out, 0, sizeof(float) * SKEW);
     for (int64_t start = 0; start < tiles; start += one->some) {
         int64_t count = tiles - start < one->some ? tiles - start : one->some;
         for (int64_t i = 0; i < count; i++) {

@@ -1,7 +1,8 @@
 """Convolve pictures that learn on a CPU by Winograd's F(4x4, 3x3) and F(2x2, 3x3), each way one call of C.
 
 That is `native_winograd.c`: a quarter of the multiplications, at errors of some 7e-7 of the result's size, or four
-ninths, at PyTorch's own. benchmarks/NOTES.md says by how much this is faster, and where.
+ninths, at PyTorch's own. A tile shares its errors: what is not finite makes all of it NaN, and a place some thousand
+times as large as those beside it costs them digits. benchmarks/NOTES.md says by how much this is faster, and where.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: 
     """Tell whether a convolution is faster so: of 3x3 taps, at every place of pictures x (B, C, h, w)."""
     if weight.shape[2:] != (3, 3) or (stride, padding) != (1, 1) or min(x.shape[2:]) < SMALLEST:
         return False
-    if any(channels % EACH for channels in weight.shape[:2]) or (bias is not None and bias.stride(0) != 1):
+    if any(channels % EACH for channels in weight.shape[:2]) or not x.is_contiguous(memory_format=LAST):
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
         return False
     return count_tiles(x, tile_of(x)) >= FEWEST
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from getiaction.policy.fast import native, native_layers, native_pictures, native_winograd
 from getiaction.policy.fast.convolution import Conv2d, use_taps
@@ -35,6 +36,7 @@ TILED: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # w
     "tiles over the edge": (48, 16, (7, 5), 9, {"padding": 1}),
     "more channels than are multiplied at once": (16, 528, (4, 4), 33, {"padding": 1}),
     "tiles with a bias": (16, 32, (8, 8), 9, {"padding": 1, "bias": True}),
+    "48 channels": (48, 48, (8, 8), 9, {"padding": 1}),
     "many channels go in": (1040, 16, (3, 4), 40, {"padding": 1}),
 }
 SHAPES |= TILED
@@ -175,10 +177,50 @@ def test_tiles_come_before_taps(side: int, batch: int, taken: list[str], calls: 
     assert calls == taken
 
 
-def test_a_wrong_number_of_channels_is_pytorchs_error() -> None:
-    layer, x = make("every second place")
+@BOTH
+def test_a_wrong_number_of_channels_is_pytorchs_error(name: str) -> None:
+    layer, x = make(name)
     with pytest.raises(RuntimeError, match="expected input"):
         layer(x[:, :16])
+
+
+@pytest.mark.parametrize("shape", [(1,), (16,), (64,), (32, 1), ()])
+def test_a_bias_of_another_shape_is_pytorchs_error(shape: tuple[int, ...]) -> None:
+    layer, x = make("tiles with a bias")
+    layer.bias = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(RuntimeError, match="bias"):
+        layer(x)
+
+
+def test_a_weight_that_is_computed_is_computed_as_often_as_by_pytorch() -> None:
+    """A power iteration of `spectral_norm` is one."""
+    times = list[int]()
+
+    class Count(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            times.append(1)
+            return weight
+
+    layer, x = make("tiles of a ResNet")
+    use_taps(layer)
+    register_parametrization(layer, "weight", Count())
+    seen = []
+    for by_native in (True, False):
+        layer.by_native = by_native
+        times.clear()
+        layer(x)
+        seen.append(len(times))
+    assert seen[0] == seen[1]
+
+
+def test_memory_that_was_not_written_reaches_no_number() -> None:
+    layer, x = make("48 channels")
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        found = learn(layer, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(one.isfinite().all() for one in found)
 
 
 @BOTH
