@@ -75,7 +75,7 @@ TRAINING = (
     Series("bf16", AVX512, "D", "train_heap-2026-11-25.json", trained("bf16")),
     Series("float32", AVX2, "o", "train_pictures-2026-11-28.json", trained("no")),
     Series("float32", AVX2, "o", "train-2026-11-28.json", only("pusht_keypoints", trained("no"))),  # else disturbed
-    Series("float32", INTEL, "o", "train_taps-2026-11-26.json", trained("no")),
+    Series("float32", INTEL, "o", "train_winograd_intel-2026-11-28.json", trained("no")),
     Series("bf16, both", H200, "D", "gpu_h200_streams-2026-11-27.json", trained_on_gpu),
 )
 ACTING = (
@@ -83,8 +83,8 @@ ACTING = (
     Series("exported", AVX512, "s", "inference-2026-11-25.json", acted("getiaction onnx")),
     Series("compiled", AVX2, "P", "inference_native-2026-11-27.json", acted("getiaction")),
     Series("exported", AVX2, "s", "inference_native-2026-11-27.json", acted("getiaction onnx")),
-    Series("PyTorch", INTEL, "o", "inference_intel_copies-2026-11-26.json", acted("getiaction")),
-    Series("exported", INTEL, "s", "inference_intel_copies-2026-11-26.json", acted("getiaction onnx")),
+    Series("compiled", INTEL, "P", "inference_intel_ahead-2026-11-28.json", acted("getiaction")),
+    Series("exported", INTEL, "s", "inference_intel_ahead-2026-11-28.json", acted("getiaction onnx")),
     Series("PyTorch", H200, "o", "gpu_h200-2026-11-27.json", acted_on_gpu),
 )
 
