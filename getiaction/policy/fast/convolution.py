@@ -69,7 +69,7 @@ class Conv2d(nn.Conv2d):
         """Map (B, C, H, W) to (B, C', H', W')."""
         if (few := few_kernels_for(self, x)) is not None:
             return few.convolve_picture(self, x)
-        if self.by_taps and is_faster_by_taps(self, x, most_pixels(self, x)):
+        if is_picture_faster_by_taps(self, x):
             sizes = (self.stride[0], self.stride[1]), (int(self.padding[0]), int(self.padding[1]))
             return convolve_by_taps(x, self.weight, self.bias, *sizes).contiguous(memory_format=torch.channels_last)
         if learns_under_autocast(self, x):
@@ -151,10 +151,11 @@ def is_faster_by_taps(layer: Conv1d | Conv2d, x: Tensor, most: int) -> bool:
     return x.ndim in (4, layer.weight.ndim) and count_places(layer, x) <= most
 
 
-def most_pixels(layer: Conv2d, x: Tensor) -> int:
-    """Return up to how many places products for taps are faster."""
-    has_tiles = layer.by_native and has_tiles_for(layer, x)
-    return PIXELS_BESIDE_TILES if has_tiles else PIXELS
+def is_picture_faster_by_taps(layer: Conv2d, x: Tensor) -> bool:
+    """Tell whether this is where products for taps are faster: not where tiles are, for the larger of such pictures."""
+    if not layer.by_taps or not is_faster_by_taps(layer, x, PIXELS):
+        return False
+    return count_places(layer, x) <= PIXELS_BESIDE_TILES or not has_tiles_for(layer, x)
 
 
 def learns_under_autocast(layer: Conv2d, x: Tensor) -> bool:

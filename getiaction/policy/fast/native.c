@@ -37,8 +37,8 @@ static inline void put(float *to, int64_t columns, vector left, vector right, co
 
 // The products of ROWS rows of x with `depth` rows of a panel.
 #define MULTIPLY(ROWS)                                                                                                 \
-    static void multiply_##ROWS(const float *const *x, int64_t k, const float *panel, int64_t depth, float *const *out, \
-                                int64_t column, int64_t columns, const float *bias, int64_t adds) {                    \
+    static void multiply_##ROWS(const float *const *x, int64_t k, const float *panel, int64_t depth,                   \
+                                float *const *out, int64_t column, int64_t columns, const float *bias, int64_t adds) { \
         vector own[2 * ROWS] = {0};                                                                                    \
         const float *from[ROWS];                                                                                       \
         for (int row = 0; row < ROWS; row++) from[row] = x[row] + k;                                                   \
@@ -78,6 +78,12 @@ static void multiply_12(const float *x, int64_t apart, const float *panel, int64
     for (int row = 0; row < 12; row++) put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);
 }
 
+// How many rows are multiplied at once. Eight are once eight or twice four, not six and two.
+static int64_t rows_of(int64_t left) {
+    if (WIDE > 8 && (left == 8 || left == 16)) return 8;
+    return left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
 static int are_apart(const float *const *x, int64_t rows) {
     for (int64_t i = 2; i < rows; i++) if (x[i] - x[i - 1] != x[1] - x[0]) return 0;
     return 1;
@@ -99,9 +105,7 @@ void multiply_rows(const float *const *x, float *const *out, int64_t rows, const
                 int64_t left = rows - row;
                 const float *const *from = x + row;
                 float *const *to = out + row;
-                // with 16 vectors eight rows are two of four, not six and two
-                if (left == 8 || left == 16) taken = WIDE > 8 ? 8 : left == 8 ? 4 : 6;
-                else taken = left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                taken = rows_of(left);
                 if (WIDE > 8 && left >= 12 && left != 16 && are_apart(from, 12)) {
                     multiply_12(from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
                     taken = 12;

@@ -16,11 +16,15 @@
 #define PANEL (2 * WIDE) // columns of a weight that lie side by side
 #define MANY 60          // rows whose sums are kept at once
 #if WIDE > 8 // and 32 vectors
-#define TALL 11 // channels whose gradients are summed up at once
+#define TALL 11 // channels whose gradients are summed up at once: 64 are 66 so
+#define HIGH 6  // times TALL channels, for which windows are copied once
 #else
 #define TALL 6
+#define HIGH 8
 #endif
 typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
+
+static inline int64_t blocks_of(int64_t channels, int64_t each) { return (channels + each - 1) / each; }
 
 // What follows IN_PARALLEL is done by each thread, which then knows what its part is; WAIT lets them wait for each other.
 #ifdef _OPENMP

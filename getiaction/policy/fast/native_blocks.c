@@ -3,7 +3,6 @@
 // number is the same sum in the same order for any number of threads.
 #include "native.h"
 #define DEEP 64 // rows whose products are summed up in the first cache
-#define HIGH (48 / TALL + 2 * (TALL == 11)) // times TALL channels, for which windows are copied once: 48 or 66
 #define SOME 192 // moments of samples that go through a block together
 
 typedef struct {
@@ -102,7 +101,8 @@ static void weigh(const convolution *one, const float *by_out, int64_t out_batch
                 from_x += x_step, from_out += out_step;
                 if (++t == seen) t = 0, from_x += x_batch - seen * x_step, from_out += out_batch - seen * out_step;
             }
-            for (int64_t group = 0; group * TALL < count; group++) add_products(a + group * TALL, HIGH * TALL, b, depth, sums[group]);
+            for (int64_t group = 0; group * TALL < count; group++)
+                add_products(a + group * TALL, HIGH * TALL, b, depth, sums[group]);
         }
         for (int64_t c = 0; c < count; c++) {
             const float *sum = (const float *)sums[c / TALL] + c % TALL * PANEL;

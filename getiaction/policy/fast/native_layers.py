@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from getiaction.policy.fast import native_blocks, native_pictures
-from getiaction.policy.fast.convolution import MOMENTS, Conv1d, Conv2d, channels_last, is_faster_by_taps, most_pixels
+from getiaction.policy.fast.convolution import (
+    MOMENTS,
+    Conv1d,
+    Conv2d,
+    channels_last,
+    is_faster_by_taps,
+    is_picture_faster_by_taps,
+)
 from getiaction.policy.fast.native_norms import (
     FLOATS,
     MISH,
@@ -101,7 +108,7 @@ def run(backbone: nn.Sequential, pictures: Tensor, ranges: None = None) -> Tenso
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Do what a convolution does to x (B, C, H, W): its channels come to lie last, samples and places in any order."""
-    if isinstance(layer, Conv2d) and layer.by_taps and is_faster_by_taps(layer, x, most_pixels(layer, x)):
+    if isinstance(layer, Conv2d) and is_picture_faster_by_taps(layer, x):
         sizes = (layer.stride[0], layer.stride[1]), (int(layer.padding[0]), int(layer.padding[1]))
         return convolve_by_taps(x, layer.weight, layer.bias, *sizes)
     return cast(Tensor, layer(channels_last(x)))

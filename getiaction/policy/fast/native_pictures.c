@@ -16,8 +16,6 @@ typedef struct {
 
 int64_t pictures_size(void) { return sizeof(pictures); }
 
-static int64_t blocks_of(int64_t channels, int64_t each) { return (channels + each - 1) / each; }
-
 // Lines and columns of a sample with what is around it.
 static int64_t tall(const pictures *one) { return (one->out_height - 1) * one->stride + one->kernel; }
 static int64_t wide(const pictures *one) { return (one->out_width - 1) * one->stride + one->kernel; }

@@ -29,7 +29,6 @@ typedef struct {
 
 int64_t winograd_size(void) { return sizeof(winograd); }
 
-static int64_t blocks_of(int64_t channels, int64_t each) { return (channels + each - 1) / each; }
 static int64_t side_of(const winograd *one) { return one->tile + 2; }
 static int64_t tiles_of(const winograd *one) {
     return one->batch * blocks_of(one->height, one->tile) * blocks_of(one->width, one->tile);

@@ -15,7 +15,7 @@ from getiaction.policy.fast.convolution import Conv2d, use_taps
 from getiaction.policy.fast.native_layers import use_native
 
 SHAPES: dict[str, tuple[int, int, tuple[int, int], int, dict[str, Any]]] = {  # C, C', (h, w), B, what else is special
-    "as in a ResNet": (64, 64, (21, 21), 3, {"kernel_size": 5, "padding": 2}),
+    "wide windows": (64, 64, (21, 21), 3, {"kernel_size": 5, "padding": 2}),
     "every second place": (32, 64, (9, 9), 4, {"padding": 1, "stride": 2}),
     "every second place, even sides": (32, 48, (8, 6), 5, {"padding": 1, "stride": 2}),
     "two taps": (32, 32, (7, 7), 3, {"kernel_size": 2, "stride": 2}),
@@ -100,7 +100,9 @@ def test_gradients_are_pytorchs(name: str, calls: list[str]) -> None:
     assert found[2].stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize("name", ["as in a ResNet", "odd channels", "more than one place at a time", *TILED])
+@pytest.mark.parametrize(
+    "name", ["wide windows", "odd channels", "more than one place at a time", *TILED]
+)
 def test_numbers_are_the_same_bit_by_bit_for_any_threads(name: str) -> None:
     layer, x = make(name)
     before, seen = torch.get_num_threads(), []
@@ -201,8 +203,9 @@ def test_a_weight_that_is_computed_is_computed_as_often_as_by_pytorch() -> None:
             times.append(1)
             return weight
 
-    layer, x = make("tiles of a ResNet")
+    layer, x = Conv2d(256, 256, 3, padding=1), torch.randn(32, 256, 4, 4).contiguous(memory_format=torch.channels_last)
     use_taps(layer)
+    assert layer.by_taps
     register_parametrization(layer, "weight", Count())
     seen = []
     for by_native in (True, False):
