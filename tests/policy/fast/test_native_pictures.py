@@ -100,9 +100,7 @@ def test_gradients_are_pytorchs(name: str, calls: list[str]) -> None:
     assert found[2].stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize(
-    "name", ["wide windows", "odd channels", "more than one place at a time", *TILED]
-)
+@pytest.mark.parametrize("name", ["wide windows", "odd channels", "more than one place at a time", *TILED])
 def test_numbers_are_the_same_bit_by_bit_for_any_threads(name: str) -> None:
     layer, x = make(name)
     before, seen = torch.get_num_threads(), []
