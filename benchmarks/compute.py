@@ -29,12 +29,12 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as LeR
 
 from benchmarks.train import QUIET, write_start
 from getiaction.config.compose import compose
-from getiaction.config.precision import is_faster_in_bf16
 from getiaction.config.record import describe_machine
 from getiaction.config.run import build_trainer, start_accelerator
 from getiaction.config.schema import Config
 from getiaction.config.sources import find_data
 from getiaction.keys import ACTION_IS_PAD
+from getiaction.policy.fast.half import is_faster_in_bf16
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = 10.0  # LeRobot's default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,7 @@ def available_memory(system: Path = Path("/")) -> int:
     return max(available, 0)
 
 
+@cache
 def read_cpu(field: str) -> str | None:
     """Return what Linux says of the first processor: "model name", "vendor_id", ...; None where it says nothing.
 

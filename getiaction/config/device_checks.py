@@ -9,9 +9,9 @@ from importlib.util import find_spec
 
 import torch
 
-from getiaction.config.precision import is_faster_in_bf16
 from getiaction.config.problems import Problem
 from getiaction.config.schema import Config
+from getiaction.policy.fast.half import is_faster_in_bf16
 
 
 def check_devices(config: Config) -> Iterator[Problem]:

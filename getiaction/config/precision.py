@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from getiaction.machine import read_cpu
+from getiaction.policy.fast.half import is_faster_in_bf16
 
 log = logging.getLogger(__name__)
 CHOICES = ("no", "bf16", "fp16", "auto")
@@ -33,20 +33,6 @@ def choose_precision(wanted: str, device: str) -> str:
         log.info("mixed precision: fp16 on cpu falls back to full precision: bf16 works there")
         return "no"
     return wanted
-
-
-def is_faster_in_bf16(device: str) -> bool:
-    """Tell whether a device multiplies bf16 faster than float32, by its instructions.
-
-    Having AVX-512's bf16 is not enough: an AMD EPYC gains from them, an Intel Xeon has half of float32's rate unless it
-    has AMX, too (benchmarks/NOTES.md).
-    """
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        by_avx512 = torch.cpu._is_avx512_bf16_supported() and read_cpu("vendor_id") == "AuthenticAMD"
-        return by_avx512 or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from getiaction.config import precision as precision_module
-from getiaction.config.precision import allow_tf32, choose_precision, is_faster_in_bf16, rounding
+from getiaction.config.precision import allow_tf32, choose_precision, rounding
+from getiaction.policy.fast import half
+from getiaction.policy.fast.half import is_faster_in_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_an_evaluation_says_what_it_rounds_to(precision: str, device: str, tf32:
 def test_auto_takes_bf16_on_the_cpus_that_gain_from_it(
     vendor: str | None, avx512_bf16: bool, amx: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision_module, "read_cpu", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(half, "read_cpu", {"vendor_id": vendor}.get)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert is_faster_in_bf16("cpu") is faster

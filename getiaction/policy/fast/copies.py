@@ -63,17 +63,26 @@ class Copy:
         source: a view of them, whose order the copy has.
         dtype: what the copy is in.
         width: of the copy's last dimension, with zeros at its end; None: as in the source.
+        in_pairs: let the last dimension's two halves take turns, a number of each, as `native.c` reads bf16.
     """
 
-    def __init__(self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None) -> None:
-        self.copy = torch.zeros((*source.shape[:-1], width or source.shape[-1]), dtype=dtype, device=source.device)
-        self._source, self._own = source, self.copy[..., : source.shape[-1]]
+    def __init__(
+        self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None, *, in_pairs: bool = False
+    ) -> None:
+        width = width or source.shape[-1]
+        self.copy = torch.zeros((*source.shape[:-1], width), dtype=dtype, device=source.device)
+        parts = self.copy.unflatten(-1, (-1, 2)).unbind(-1) if in_pairs else (self.copy,)
+        each = width // len(parts)
+        self._parts = [
+            (part[..., : own.shape[-1]], own) for part, own in zip(parts, source.split(each, -1), strict=False)
+        ]
         self.weight, self._stamp = weight, Stamp([weight])
 
     def refresh(self) -> None:
         """Copy the weight again if it changed since the last time."""
         if self._stamp.changed():
-            self._own.copy_(self._source)
+            for part, source in self._parts:
+                part.copy_(source)
             self._stamp.keep()
 
 
@@ -84,11 +93,13 @@ class Copies:
         self._kept: dict[tuple[object, ...], Copy] = {}
         self._made: dict[object, Any] = {}
 
-    def find(self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None) -> Copy:
+    def find(
+        self, weight: Tensor, source: Tensor, dtype: torch.dtype, width: int | None = None, *, in_pairs: bool = False
+    ) -> Copy:
         """Return the copy of a weight, or make it; see `Copy`."""
-        key = source.data_ptr(), source.shape, source.stride(), dtype, width
+        key = source.data_ptr(), source.shape, source.stride(), dtype, width, in_pairs
         if key not in self._kept:
-            self._kept[key] = Copy(weight, source, dtype, width)
+            self._kept[key] = Copy(weight, source, dtype, width, in_pairs=in_pairs)
         return self._kept[key]
 
     def once[Made](self, key: object, make: Callable[[], Made]) -> Made:

@@ -2,7 +2,7 @@
 // are. Each number is the same sum in the same order wherever its row lies, and however many rows and threads there are.
 #include "native.h"
 #define DEEP 512 // rows of a panel, which stay in a cache while all rows of x pass
-#define AHEAD 1024 // numbers of a panel that are fetched before they are needed: the CPU's own look ends with each page
+#define AHEAD 1024 // words of a panel that are fetched before they are needed: the CPU's own look ends with each page
 
 enum { PRODUCT, NORM, COPY };
 
@@ -13,15 +13,27 @@ typedef struct {
     int64_t batch, steps, channels; // of out
     int64_t width;                  // of a product's rows
     int64_t x_batch, x_step, out_batch, out_step, residual_batch, residual_step, film_batch, film_number; // strides
-    int64_t groups, adds; // adds: to what is there, instead of to the bias
+    int64_t groups, adds, halves; // adds: to what is there, instead of to the bias; halves: the weight is in bf16
     float eps;
 } operation;
 
 int64_t panel_width(void) { return PANEL; }
 int64_t operation_size(void) { return sizeof(operation); }
 
-static inline void fetch(const float *panel) {
-    for (int i = 0; i < PANEL; i += 16) __builtin_prefetch(panel + AHEAD + i, 0, 2);
+// Weights may be in bf16, the upper half of a float32: then a panel's row has a word for each two numbers, of the left
+// vector the lower half, of the right one the upper.
+typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4)));
+#define ALWAYS static inline __attribute__((always_inline))
+ALWAYS int64_t panel_row(int halves) { return halves ? PANEL / 2 : PANEL; } // its length, in words
+
+ALWAYS void read_panel(const float *panel, int halves, vector *left, vector *right) {
+    for (int i = 0; i < panel_row(halves); i += 16) __builtin_prefetch(panel + AHEAD + i, 0, 2);
+    if (!halves) {
+        *left = *(const vector *)panel, *right = *(const vector *)(panel + WIDE);
+        return;
+    }
+    words both = *(const words *)panel;
+    *left = (vector)(both << 16), *right = (vector)(both & 0xffff0000u);
 }
 
 // Two vectors of sums to up to PANEL columns: with the bias, or to what is there.
@@ -35,38 +47,29 @@ static inline void put(float *to, int64_t columns, vector left, vector right, co
     for (int64_t i = 0; i < columns; i++) to[i] = (i < WIDE ? left[i] : right[i - WIDE]) + (added ? added[i] : 0);
 }
 
-// The products of ROWS rows of x with `depth` rows of a panel.
-#define MULTIPLY(ROWS)                                                                                                 \
-    static void multiply_##ROWS(const float *const *x, int64_t k, const float *panel, int64_t depth,                   \
-                                float *const *out, int64_t column, int64_t columns, const float *bias, int64_t adds) { \
-        vector own[2 * ROWS] = {0};                                                                                    \
-        const float *from[ROWS];                                                                                       \
-        for (int row = 0; row < ROWS; row++) from[row] = x[row] + k;                                                   \
-        for (k = 0; k < depth; k++) {                                                                                  \
-            vector left = *(const vector *)(panel + k * PANEL), right = *(const vector *)(panel + k * PANEL + WIDE);   \
-            fetch(panel + k * PANEL);                                                                                  \
-            for (int row = 0; row < ROWS; row++) {                                                                     \
-                own[2 * row] += left * from[row][k];                                                                   \
-                own[2 * row + 1] += right * from[row][k];                                                              \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int row = 0; row < ROWS; row++)                                                                           \
-            put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);                               \
+// The products of `count` rows of x with `depth` rows of a panel.
+ALWAYS void multiply(int count, int halves, const float *const *x, int64_t k, const float *panel, int64_t depth,
+                     float *const *out, int64_t column, int64_t columns, const float *bias, int64_t adds) {
+    vector own[2 * 8] = {0}, left, right;
+    const float *from[8];
+    for (int row = 0; row < count; row++) from[row] = x[row] + k;
+    for (k = 0; k < depth; k++, panel += panel_row(halves)) {
+        read_panel(panel, halves, &left, &right);
+        for (int row = 0; row < count; row++) {
+            own[2 * row] += left * from[row][k];
+            own[2 * row + 1] += right * from[row][k];
+        }
     }
-MULTIPLY(1)
-MULTIPLY(2)
-MULTIPLY(4)
-MULTIPLY(6)
-MULTIPLY(8)
+    for (int row = 0; row < count; row++) put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);
+}
 
 // The same for twelve rows of x that are `apart`: with 32 vectors, and addresses made of five numbers instead of twelve.
-static void multiply_12(const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
+ALWAYS void multiply_12(int halves, const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
                         int64_t column, int64_t columns, const float *bias, int64_t adds) {
     const float *from[4] = {x, x + 3 * apart, x + 6 * apart, x + 9 * apart};
-    vector own[24] = {0};
-    for (int64_t k = 0; k < depth; k++, panel += PANEL) {
-        vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDE);
-        fetch(panel);
+    vector own[24] = {0}, left, right;
+    for (int64_t k = 0; k < depth; k++, panel += panel_row(halves)) {
+        read_panel(panel, halves, &left, &right);
         for (int i = 0; i < 4; i++) {
             for (int row = 0; row < 3; row++) {
                 own[6 * i + 2 * row] += left * from[i][row * apart];
@@ -93,30 +96,42 @@ static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t s
     return row / steps * batch_stride + row % steps * step_stride;
 }
 
-void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
-                   int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds) {
+ALWAYS void multiply_by(int halves, const float *const *x, float *const *out, int64_t rows, const float *weight,
+                        int64_t width, int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel,
+                        const float *bias, int64_t adds) {
     for (int64_t number = first_panel; number < last_panel; number++) {
         int64_t column = number * PANEL, columns = channels - column < PANEL ? channels - column : PANEL;
         const float *added = bias ? bias + column : NULL;
         for (int64_t k = 0; k < width; k += DEEP) {
             int64_t some = width - k < DEEP ? width - k : DEEP, more = adds || k;
-            const float *panel = weight + (number * depth + k) * PANEL;
+            const float *panel = weight + (number * depth + k) * panel_row(halves);
             for (int64_t row = 0, taken; row < rows; row += taken) {
                 int64_t left = rows - row;
                 const float *const *from = x + row;
                 float *const *to = out + row;
                 taken = rows_of(left);
                 if (WIDE > 8 && left >= 12 && left != 16 && are_apart(from, 12)) {
-                    multiply_12(from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
+                    multiply_12(halves, from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
                     taken = 12;
-                } else if (taken == 8) multiply_8(from, k, panel, some, to, column, columns, added, more);
-                else if (taken == 6) multiply_6(from, k, panel, some, to, column, columns, added, more);
-                else if (taken == 4) multiply_4(from, k, panel, some, to, column, columns, added, more);
-                else if (taken == 2) multiply_2(from, k, panel, some, to, column, columns, added, more);
-                else multiply_1(from, k, panel, some, to, column, columns, added, more);
+                } else if (taken == 8) multiply(8, halves, from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 6) multiply(6, halves, from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 4) multiply(4, halves, from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 2) multiply(2, halves, from, k, panel, some, to, column, columns, added, more);
+                else multiply(1, halves, from, k, panel, some, to, column, columns, added, more);
             }
         }
     }
+}
+
+void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
+                   int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds) {
+    multiply_by(0, x, out, rows, weight, width, depth, channels, first_panel, last_panel, bias, adds);
+}
+
+static void multiply_rows_by_halves(const float *const *x, float *const *out, int64_t rows, const operation *one,
+                                    int64_t first_panel, int64_t last_panel) {
+    multiply_by(1, x, out, rows, one->weight, one->width, one->width, one->channels, first_panel, last_panel, one->bias,
+                one->adds);
 }
 
 // out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
@@ -130,8 +145,9 @@ static void product(const operation *one, int64_t part, int64_t parts) {
             x[i] = one->x + place(first + i, one->steps, one->x_batch, one->x_step);
             out[i] = one->out + place(first + i, one->steps, one->out_batch, one->out_step);
         }
-        multiply_rows(x, out, count, one->weight, one->width, one->width, one->channels, panels * part / parts,
-                      panels * (part + 1) / parts, one->bias, one->adds);
+        int64_t from = panels * part / parts, to = panels * (part + 1) / parts;
+        if (one->halves) multiply_rows_by_halves(x, out, count, one, from, to);
+        else multiply_rows(x, out, count, one->weight, one->width, one->width, one->channels, from, to, one->bias, one->adds);
     }
 }
 

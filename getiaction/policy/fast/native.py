@@ -51,7 +51,7 @@ class Operation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "scale", "shift", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "steps", "channels", "width")),
         *((f"{name}_{stride}", ctypes.c_int64) for name in ("x", "out", "residual") for stride in ("batch", "step")),
-        *((name, ctypes.c_int64) for name in ("film_batch", "film_number", "groups", "adds")),
+        *((name, ctypes.c_int64) for name in ("film_batch", "film_number", "groups", "adds", "halves")),
         ("eps", ctypes.c_float),
     )
 
@@ -162,7 +162,7 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
 
 
 def compare(library: Library) -> None:
-    """Compare a product of all kinds of rows, and a norm, with PyTorch's.
+    """Compare products of all kinds of rows, in both types of weights, and a norm, with PyTorch's.
 
     Raises:
         ArithmeticError: they are not the same to rounding.
@@ -173,17 +173,20 @@ def compare(library: Library) -> None:
         return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
     x, weight, bias = drawn(1, 13, width), drawn(channels, width), drawn(channels)
-    sums, out = drawn(1, 13, channels), drawn(1, 13, channels)
+    sums, rounded, out = drawn(1, 13, channels), drawn(1, 13, channels), drawn(1, 13, channels)
     panels = weight.unflatten(0, (-1, library.panel)).transpose(1, 2).contiguous()
+    pairs = panels.unflatten(2, (2, -1)).transpose(2, 3).bfloat16().contiguous()
     affine = {"weight": bias.data_ptr(), "bias": bias.data_ptr(), "groups": 4, "eps": 1e-5}
     operations = (
         describe(PRODUCT, x, sums, phase=0, width=width, weight=panels.data_ptr(), bias=bias.data_ptr()),
+        describe(PRODUCT, x, rounded, phase=0, width=width, weight=pairs.data_ptr(), bias=bias.data_ptr(), halves=True),
         describe(NORM, sums, out, phase=1, **affine),
     )
-    library.run((Operation * 2)(*operations), 0, torch.get_num_threads())
+    library.run((Operation * 3)(*operations), 0, torch.get_num_threads())
+    by_halves = functional.linear(x.double(), weight.bfloat16().double(), bias.double())
     x, weight, bias = x.double(), weight.double(), bias.double()
     wanted = functional.linear(x, weight, bias)
     normalised = functional.mish(functional.group_norm(wanted.transpose(1, 2), 4, bias, bias)).transpose(1, 2)
-    for one, other in ((sums, wanted), (out, normalised)):
+    for one, other in ((sums, wanted), (rounded, by_halves), (out, normalised)):
         if not torch.allclose(one.double(), other, rtol=1e-4, atol=1e-4):
             raise ArithmeticError("it computes something else")

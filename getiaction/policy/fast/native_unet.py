@@ -17,11 +17,15 @@ ROWS = 1024  # B T, up to which it is faster than PyTorch for every preset that 
 
 
 class NativeUnet(UnrolledUnet):
-    """Do what `UnrolledUnet` does in float32, with copies of all weights but those of norms, and biases.
+    """Do what `UnrolledUnet` does, with copies of all weights but those of norms, and biases.
+
+    All is float32, but the copies are in the plan's type: bf16 where that is asked for, for who waits for memory.
 
     An operation belongs to the phase after the last one that made what it reads; those of one phase are shared by all
     threads, which wait for each other between phases only.
     """
+
+    modulates_in = torch.float32  # whatever the plan's type
 
     def __init__(self, unet: ConditionalUnet1d, plan: Plan, copies: Copies, library: Library) -> None:
         self._library, self._operations = library, list[tuple[int, Operation]]()
@@ -31,6 +35,11 @@ class NativeUnet(UnrolledUnet):
         operations = [operation for _, operation in sorted(self._operations, key=lambda pair: pair[0])]
         self._table = (Operation * len(operations))(*operations)
         del self._operations, self._made
+
+    def look(self, timesteps: Tensor, cond: Tensor) -> None:
+        """Take in the steps to denoise at, (S,), new observations, (B, cond_dim) encoded, and what weights are now."""
+        with torch.autocast("cpu", enabled=False):
+            super().look(timesteps, cond.float())
 
     @torch.inference_mode()
     def __call__(self, noisy_actions: Tensor, number: int) -> Tensor:
@@ -81,13 +90,14 @@ class NativeUnet(UnrolledUnet):
         reads, panel = (x, out) if adds else (x,), self._library.panel
         if weight.dtype != torch.float32 or weight[0].numel() != x[0, 0].numel() or len(weight) != out.shape[2]:
             raise OtherLayerError
-        whole = len(weight) // panel * panel
+        whole, halves = len(weight) // panel * panel, self._plan.dtype == torch.bfloat16
         for first, last in ((0, whole), (whole, len(weight))):
             if first == last:
                 continue
             some = weight.detach()[first:last]
             panels = some.unflatten(0, (-1, panel)) if first == 0 and whole else some[None]
-            own = self._shared.find(weight.detach(), panels.permute(0, 2, 3, 1), self._plan.dtype, width=panel)
+            panels = panels.permute(0, 2, 3, 1)
+            own = self._shared.find(weight.detach(), panels, self._plan.dtype, width=panel, in_pairs=halves)
             self._copies.append(own)
             lies = self._place(bias[first:last]) if bias is not None and not adds else None
             self._add(
@@ -98,6 +108,7 @@ class NativeUnet(UnrolledUnet):
                 bias=lies,
                 width=weight[0].numel(),
                 adds=adds,
+                halves=halves,
             )
 
     def _normalise(

@@ -25,6 +25,7 @@ from torchvision.models.resnet import BasicBlock
 from getiaction.errors import first_line
 from getiaction.policy.fast.convolution import Conv2d, is_plain
 from getiaction.policy.fast.copies import OtherLayerError, Stamp
+from getiaction.policy.fast.half import acts_in_float32
 from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual, pairs_of, way_around
 from getiaction.policy.fast.watch import Held, Listeners, is_transformed
 
@@ -135,8 +136,12 @@ LOCK = threading.Lock()
 def encode(backbone: nn.Module, pictures: Tensor) -> Tensor:
     """Call a backbone with pictures (B, C, H, W), or do what a ResNet does by packed weights: where that is faster.
 
-    It is on the CPU, in float32, and without gradients. Weights are packed again when they changed (see `Stamp`).
+    It is on the CPU, in float32, and without gradients; under autocast, too, if the CPU is slower in bf16. Weights are
+    packed again when they changed (see `Stamp`).
     """
+    if acts_in_float32(pictures):
+        with torch.autocast("cpu", enabled=False):
+            return encode(backbone, pictures)
     if (packed := packed_for(backbone, pictures)) is not None:
         try:
             return packed(pictures)

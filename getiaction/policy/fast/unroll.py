@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from getiaction.policy.fast.copies import Copies, OtherLayerError
+from getiaction.policy.fast.half import is_faster_in_bf16
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_unet import ROWS, NativeUnet
 from getiaction.policy.fast.unrolled import Plan, UnrolledUnet, multiplied_in
@@ -17,6 +18,7 @@ from getiaction.policy.fast.watch import Held, is_transformed
 from getiaction.policy.unet import ConditionalUnet1d
 
 PLANS = 4  # kept of a U-Net, the ones used last
+ROWS_OF_BF16 = 64  # B T, up to which reading weights takes longer than multiplying them, for CPUs that have bf16
 
 
 class Kept(threading.local):
@@ -40,8 +42,7 @@ class Unrolled:
             OtherLayerError: the network cannot be unrolled.
         """
         if plan not in self.plans:
-            is_small = plan.dtype == torch.float32 and plan.batch_size * plan.horizon <= ROWS
-            library = find_library() if is_small else None
+            library = find_library() if is_for_native(unet, plan) else None
             if library is not None:
                 self.plans[plan] = NativeUnet(unet, plan, self.copies, library)
             else:
@@ -55,14 +56,22 @@ class Unrolled:
 KEPT = Kept()
 
 
+def is_for_native(unet: ConditionalUnet1d, plan: Plan) -> bool:
+    """Tell whether C is faster for these rows than PyTorch, whose bf16 products need a CPU that has them."""
+    if next(unet.parameters()).dtype != torch.float32 or plan.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    most = ROWS_OF_BF16 if plan.dtype == torch.bfloat16 and is_faster_in_bf16("cpu") else ROWS
+    return plan.batch_size * plan.horizon <= most
+
+
 def unroll(unet: nn.Module, timesteps: Tensor, cond: Tensor, horizon: int) -> UnrolledUnet | None:
     """Return what denoises T = `horizon` actions at the steps `timesteps`, (S,), given `cond`, (B, cond_dim).
 
-    It is made anew only if it must. In float32 it is a `NativeUnet` where there is a C compiler, up to `ROWS` rows; it
-    multiplies by copies of the weights in another order. So does an `UnrolledUnet` on some CPUs, by copies of the large
-    ones, and by bf16 copies under autocast. They are made again when a weight changed (see `Stamp`). None if this is no
-    inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes (parametrised ones, say). Hooks
-    of its modules are not called.
+    It is made anew only if it must. It is a `NativeUnet` where there is a C compiler, for a limited number of rows; it
+    multiplies by copies of the weights in another order, under autocast in bf16. So does an `UnrolledUnet` on some
+    CPUs, by copies of the large ones, and by bf16 copies under autocast. They are made again when a weight changed (see
+    `Stamp`). None if this is no inference on the CPU, or the network has other layers than `ConditionalUnet1d` makes
+    (parametrised ones, say). Hooks of its modules are not called.
     """
     if cond.device.type != "cpu":
         KEPT.of.pop(unet, None)  # what was made before it moved

@@ -81,13 +81,16 @@ class UnrolledUnet:
         unet: its weights are used where they lie, or copied from there, and may change there between two `look`s.
     """
 
+    modulates_in: torch.dtype | None = None  # None: the plan's type
+
     def __init__(self, unet: ConditionalUnet1d, plan: Plan, copies: Copies) -> None:
         self._plan, self._like, self._at = plan, next(unet.parameters()), Position()
         self._shared, self._copies = copies, list[Copy]()  # of weights; those that are used here
         self._calls: list[Callable[[], object]] = []
         blocks = [exactly(block, ResidualBlock) for block in unet.blocks()]
         layers = [exactly(block.cond_encoder[1], nn.Linear) for block in blocks]
-        modulation = copies.once(("modulation", plan.dtype), lambda: Modulation(unet, layers, plan.dtype))
+        dtype = self.modulates_in or plan.dtype
+        modulation = copies.once(("modulation", dtype), lambda: Modulation(unet, layers, dtype))
         self._modulation, self._values = modulation, self._new(plan.num_steps, plan.batch_size, sum(modulation.sizes))
         self._films = iter(self._values.split(modulation.sizes, dim=2))  # (S, B, C' or 2C') for each block
         self._margin = max(unet.kernel_size // 2, 1)

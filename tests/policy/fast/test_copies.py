@@ -85,13 +85,24 @@ def test_numbers_of_all_rows_and_columns_are_looked_at(shape: tuple[int, ...]) -
             assert len(set((seen % length).tolist())) > min(length, len(seen)) // 2
 
 
+@pytest.mark.parametrize("columns", [8, 5, 4, 3, 1])
+def test_halves_of_rows_may_take_turns(columns: int) -> None:
+    weight = torch.randn(2, columns)
+    copy = Copy(weight, weight, torch.bfloat16, width=8, in_pairs=True)
+    copy.refresh()
+    wanted = torch.zeros(2, 8, dtype=torch.bfloat16)
+    wanted[:, :columns] = weight
+    assert torch.equal(copy.copy[:, 0::2], wanted[:, :4])
+    assert torch.equal(copy.copy[:, 1::2], wanted[:, 4:])
+
+
 def test_an_interrupted_copy_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 320)
     copy = make(weight)
     copy.refresh()
     weight.mul_(2)
     with monkeypatch.context() as patched:
-        patched.setattr(copy, "_own", Interrupted())
+        patched.setattr(copy, "_parts", [(Interrupted(), weight)])
         with pytest.raises(KeyboardInterrupt):
             copy.refresh()
     copy.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from getiaction.policy import ConditionalUnet1d
 from getiaction.policy.fast import native
+from getiaction.policy.fast import unroll as unroll_module
 from getiaction.policy.fast.convolution import Conv1d
 from getiaction.policy.fast.modulation import Modulation
 from getiaction.policy.fast.native_unet import ROWS, NativeUnet
-from getiaction.policy.fast.unroll import PLANS, unroll
+from getiaction.policy.fast.unroll import PLANS, ROWS_OF_BF16, unroll
 
 TIMESTEPS = torch.tensor([90, 10, 0])
 SHAPES: dict[str, dict[str, Any]] = {
@@ -65,9 +67,9 @@ def drawn(rows: int, horizon: int) -> tuple[Tensor, Tensor]:
     return torch.randn(16, horizon, 3, generator=draw)[:rows], torch.randn(16, 5, generator=draw)[:rows]
 
 
-def run(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> Tensor:
-    """Return what is predicted at each of TIMESTEPS, (S, B, T, Da)."""
-    with torch.no_grad():
+def run(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor, *, halves: bool = False) -> Tensor:
+    """Return what is predicted at each of TIMESTEPS, (S, B, T, Da), under autocast to bf16 if told so."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
         unrolled = unroll(unet, TIMESTEPS, cond, actions.shape[1])
     assert type(unrolled) is NativeUnet
     return torch.stack([unrolled(actions, number) for number in range(len(TIMESTEPS))])
@@ -78,13 +80,27 @@ def run_plain(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> Tensor:
         return torch.stack([unet(actions, timestep.expand(len(actions)), cond) for timestep in TIMESTEPS])
 
 
-def assert_rounding_only(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor) -> None:
-    """Compare with float64: no further from it than a few times as far as PyTorch in float32 is."""
-    found, usual = run(unet, actions, cond), run_plain(unet, actions, cond)
+def assert_rounding_only(unet: ConditionalUnet1d, actions: Tensor, cond: Tensor, *, halves: bool = False) -> None:
+    """Compare with float64: no further from it than a few times as far as PyTorch in float32 is.
+
+    Under autocast the network is the one whose convolutions' weights are rounded to bf16, and nothing else.
+    """
+    found = run(unet, actions, cond, halves=halves)
+    unet = rounded(unet) if halves else unet
+    usual = run_plain(unet, actions, cond)
     exact = run_plain(unet.double(), actions.double(), cond.double())
     unet.float()
     apart, own = (float((one - exact).norm() / exact.norm()) for one in (found, usual))
     assert 0 < apart < 2 * own + 1e-6, (apart, own)
+
+
+def rounded(unet: ConditionalUnet1d) -> ConditionalUnet1d:
+    """Return a copy whose convolutions' weights are numbers of bf16."""
+    own = copy.deepcopy(unet)
+    for layer in own.modules():
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+            layer.weight.data = layer.weight.data.bfloat16().float()
+    return own
 
 
 @pytest.mark.parametrize(("rows", "horizon"), [(1, 16), (1, 4), (3, 8), (16, 16)])
@@ -93,16 +109,49 @@ def test_equals_the_plain_network(shape: str, rows: int, horizon: int, threads: 
     assert_rounding_only(make(**SHAPES[shape]), *drawn(rows, horizon))
 
 
+@pytest.mark.parametrize(("rows", "horizon"), [(1, 16), (1, 4), (4, 8), (7, 4)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_under_autocast_weights_are_rounded_and_nothing_else(shape: str, rows: int, horizon: int, threads: int) -> None:
+    assert_rounding_only(make(**SHAPES[shape]), *drawn(rows, horizon), halves=True)
+
+
+def test_under_autocast_it_sees_new_weights() -> None:
+    unet = make(down_dims=(24, 40))
+    first = run(unet, *drawn(2, 8), halves=True)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(0.9)
+    assert not torch.allclose(run(unet, *drawn(2, 8), halves=True), first, rtol=1e-2)
+    assert_rounding_only(unet, *drawn(2, 8), halves=True)
+    assert_rounding_only(unet, *drawn(2, 8))  # beside it, by weights that were not rounded
+
+
+def test_many_rows_are_pytorchs_where_the_cpu_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    cond = drawn(1, 8)[1]
+    for faster, rows, is_native in (
+        (True, ROWS_OF_BF16, True),
+        (True, ROWS_OF_BF16 + 8, False),
+        (False, ROWS, True),
+        (False, ROWS + 8, False),
+    ):
+        monkeypatch.setattr(unroll_module, "is_faster_in_bf16", {"cpu": faster}.get)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            unrolled = unroll(make(down_dims=(16, 32)), TIMESTEPS, cond.expand(rows // 8, 5), 8)
+        assert (type(unrolled) is NativeUnet) is is_native, (faster, rows)
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("shape", ["three levels", "channels that no vector divides"])
 def test_a_row_is_the_same_bit_by_bit_among_others_and_for_any_threads(
-    shape: str, monkeypatch: pytest.MonkeyPatch
+    shape: str, halves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(unroll_module, "is_faster_in_bf16", {"cpu": False}.get)  # so that C takes all rows
     unet, (actions, cond), seen = make(**SHAPES[shape]), drawn(16, 8), []
     films = torch.cat(unet.modulation(TIMESTEPS, cond), dim=2)  # (S, 16, sum of C): PyTorch rounds one row otherwise
 
     def run_with(actions: Tensor, films: Tensor) -> Tensor:
         monkeypatch.setattr(Modulation, "__call__", lambda self, timesteps, cond, out: out.copy_(films))
-        return run(unet, actions, cond[: len(actions)])
+        return run(unet, actions, cond[: len(actions)], halves=halves)
 
     before = torch.get_num_threads()
     for count in (1, 2, 3):
@@ -194,7 +243,7 @@ def test_what_it_does_not_take() -> None:
     with torch.no_grad():
         assert type(unroll(unet, TIMESTEPS, cond.expand(ROWS // 8, 5), 8)) is NativeUnet
         assert type(unroll(unet, TIMESTEPS, cond.expand(ROWS // 8 + 1, 5), 8)) is not NativeUnet
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.float16):
             assert type(unroll(unet, TIMESTEPS, cond, 8)) is not NativeUnet
         unet.double()
         assert type(unroll(unet, TIMESTEPS, cond.double(), 8)) is not NativeUnet

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.fast import packed
+from getiaction.policy.fast import half, packed
 from getiaction.policy.fast.packed import KEPT, PackedResnet, encode, packed_for
 
 SHAPES = [("resnet18", (1, 64, 64)), ("resnet18", (3, 65, 47)), ("resnet50", (2, 33, 64))]  # B, H, W
@@ -290,6 +290,22 @@ def test_other_calls_are_left_to_the_layers() -> None:
         with torch.backends.mkldnn.flags(enabled=False):
             assert packed_for(backbone, pictures) is None
         assert packed_for(backbone, pictures) is not None
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@torch.no_grad()
+def test_under_autocast_a_cpu_that_is_slower_in_bf16_stays_in_float32(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, pictures = make(norm), drawn()
+    full = encode(backbone, pictures)
+    for faster in (False, True):
+        monkeypatch.setattr(half, "is_faster_in_bf16", {"cpu": faster}.get)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = encode(backbone, pictures)
+            wanted = backbone(pictures) if faster else full
+        assert torch.equal(found, wanted)
+        assert torch.equal(found, full) is not faster
 
 
 @pytest.mark.parametrize("fault", ["other sums", "another signature"])
