@@ -4,8 +4,9 @@ For each preset a policy of drawn weights is written as a checkpoint and opened 
 equal to float32 rounding. Then both predict one chunk for one robot, alternately, each from observations that are ready
 (LeRobot's normalised already; ours raw, so normalising is in our time). Median and quartiles of both, and the ratio of
 the medians, go to benchmarks/results/inference-<date>.json; on a CPU ours a second time as an exported file in ONNX
-Runtime; and once more under autocast to bf16, if it is a CPU, whose memory that spares, or a GPU that multiplies it. "Share of a chunk's time" is the
-real-time report: what one chunk takes, of the time that its actions take at the preset's rate (PushT 10 Hz, ALOHA 50).
+Runtime; and once more under autocast to bf16, if it is a CPU, whose memory that spares, or a GPU that multiplies it.
+"Share of a chunk's time" is the real-time report: what one chunk takes, of the time that its actions take at the
+preset's rate (PushT 10 Hz, ALOHA 50).
 Before each call lies a pause, as in a robot's control loop: threads of the library before, which wait for more work,
 have gone to sleep then.
 """
