@@ -22,8 +22,9 @@ def is_faster_in_bf16(device: str) -> bool:
     return False
 
 
-def acts_in_float32(x: Tensor) -> bool:
-    """Tell whether float32 x is better left so under autocast: without gradients, on a CPU that bf16 makes slower."""
+def is_slower_in_bf16(x: Tensor) -> bool:
+    """Tell whether float32 x is under autocast to bf16, without gradients, on a CPU that this makes slower."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return False
-    return torch.is_autocast_enabled("cpu") and not is_faster_in_bf16("cpu")
+    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return in_bf16 and not is_faster_in_bf16("cpu")

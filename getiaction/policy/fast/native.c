@@ -20,11 +20,8 @@ typedef struct {
 int64_t panel_width(void) { return PANEL; }
 int64_t operation_size(void) { return sizeof(operation); }
 
-// Weights may be in bf16, the upper half of a float32: then a panel's row has a word for each two numbers, of the left
-// vector the lower half, of the right one the upper.
 typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4)));
 #define ALWAYS static inline __attribute__((always_inline))
-ALWAYS int64_t panel_row(int halves) { return halves ? PANEL / 2 : PANEL; } // its length, in words
 
 ALWAYS void read_panel(const float *panel, int halves, vector *left, vector *right) {
     for (int i = 0; i < panel_row(halves); i += 16) __builtin_prefetch(panel + AHEAD + i, 0, 2);
@@ -50,8 +47,8 @@ static inline void put(float *to, int64_t columns, vector left, vector right, co
 // The products of `count` rows of x with `depth` rows of a panel.
 ALWAYS void multiply(int count, int halves, const float *const *x, int64_t k, const float *panel, int64_t depth,
                      float *const *out, int64_t column, int64_t columns, const float *bias, int64_t adds) {
-    vector own[2 * 8] = {0}, left, right;
-    const float *from[8];
+    vector own[2 * 9] = {0}, left, right;
+    const float *from[9];
     for (int row = 0; row < count; row++) from[row] = x[row] + k;
     for (k = 0; k < depth; k++, panel += panel_row(halves)) {
         read_panel(panel, halves, &left, &right);
@@ -81,9 +78,10 @@ ALWAYS void multiply_12(int halves, const float *x, int64_t apart, const float *
     for (int row = 0; row < 12; row++) put(out[row] + column, columns, own[2 * row], own[2 * row + 1], bias, adds);
 }
 
-// How many rows are multiplied at once. Eight are once eight or twice four, not six and two.
+// How many rows are multiplied at once. Eight are once eight or twice four, not six and two; nine may be a picture's.
 static int64_t rows_of(int64_t left) {
     if (WIDE > 8 && (left == 8 || left == 16)) return 8;
+    if (WIDE > 8 && left == 9) return 9;
     return left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
@@ -113,7 +111,8 @@ ALWAYS void multiply_by(int halves, const float *const *x, float *const *out, in
                 if (WIDE > 8 && left >= 12 && left != 16 && are_apart(from, 12)) {
                     multiply_12(halves, from[0] + k, from[1] - from[0], panel, some, to, column, columns, added, more);
                     taken = 12;
-                } else if (taken == 8) multiply(8, halves, from, k, panel, some, to, column, columns, added, more);
+                } else if (taken == 9) multiply(9, halves, from, k, panel, some, to, column, columns, added, more);
+                else if (taken == 8) multiply(8, halves, from, k, panel, some, to, column, columns, added, more);
                 else if (taken == 6) multiply(6, halves, from, k, panel, some, to, column, columns, added, more);
                 else if (taken == 4) multiply(4, halves, from, k, panel, some, to, column, columns, added, more);
                 else if (taken == 2) multiply(2, halves, from, k, panel, some, to, column, columns, added, more);
@@ -123,15 +122,10 @@ ALWAYS void multiply_by(int halves, const float *const *x, float *const *out, in
     }
 }
 
-void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
+void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t halves, int64_t width,
                    int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds) {
-    multiply_by(0, x, out, rows, weight, width, depth, channels, first_panel, last_panel, bias, adds);
-}
-
-static void multiply_rows_by_halves(const float *const *x, float *const *out, int64_t rows, const operation *one,
-                                    int64_t first_panel, int64_t last_panel) {
-    multiply_by(1, x, out, rows, one->weight, one->width, one->width, one->channels, first_panel, last_panel, one->bias,
-                one->adds);
+    if (halves) multiply_by(1, x, out, rows, weight, width, depth, channels, first_panel, last_panel, bias, adds);
+    else multiply_by(0, x, out, rows, weight, width, depth, channels, first_panel, last_panel, bias, adds);
 }
 
 // out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
@@ -145,9 +139,8 @@ static void product(const operation *one, int64_t part, int64_t parts) {
             x[i] = one->x + place(first + i, one->steps, one->x_batch, one->x_step);
             out[i] = one->out + place(first + i, one->steps, one->out_batch, one->out_step);
         }
-        int64_t from = panels * part / parts, to = panels * (part + 1) / parts;
-        if (one->halves) multiply_rows_by_halves(x, out, count, one, from, to);
-        else multiply_rows(x, out, count, one->weight, one->width, one->width, one->channels, from, to, one->bias, one->adds);
+        multiply_rows(x, out, count, one->weight, one->halves, one->width, one->width, one->channels, panels * part / parts,
+                      panels * (part + 1) / parts, one->bias, one->adds);
     }
 }
 

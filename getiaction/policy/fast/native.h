@@ -38,9 +38,11 @@ static inline int64_t blocks_of(int64_t channels, int64_t each) { return (channe
 #endif
 
 // Up to MANY rows of `width` numbers times panels of a weight, plus the bias, or to what is there already: native.c.
-// A panel has `depth` rows, of which the first `width` count.
-void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t width,
+// A panel has `depth` rows, of which the first `width` count. With `halves` the weight is in bf16, the upper half of a
+// float32: a panel's row has a word for each two numbers, of the left vector the lower half, of the right one the upper.
+void multiply_rows(const float *const *x, float *const *out, int64_t rows, const float *weight, int64_t halves, int64_t width,
                    int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel, const float *bias, int64_t adds);
+static inline int64_t panel_row(int64_t halves) { return halves ? PANEL / 2 : PANEL; } // its length, in words
 
 // The products of TALL numbers of `a`, whose rows are `apart`, with the columns of a panel `b`, added up over rows.
 static inline void add_products(const float *a, int64_t apart, const float *b, int64_t rows, vector *sums) {

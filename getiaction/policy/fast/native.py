@@ -31,8 +31,8 @@ from getiaction.files import default_cache_dir
 from getiaction.machine import read_cpu
 
 log = logging.getLogger(__name__)
-NAMES = ("native.c", "native_norms.c", "native_blocks.c", "native_pictures.c", "native_winograd.c")
-SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
+PARTS = "native", "native_norms", "native_blocks", "native_pictures", "native_winograd", "native_few"
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in PARTS)
 HEADER = Path(__file__).with_name("native.h")
 # Sums may be split over the lanes of a vector; infinities and NaN stay what they are, and so does the CPU's own state,
 # which -ffast-math would change for all of the process.

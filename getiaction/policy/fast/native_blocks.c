@@ -66,8 +66,8 @@ static void multiply(const float *x, int64_t x_batch, int64_t x_step, float *out
                 from[row] = x + (first + row) * x_batch + t * x_step + tap * width;
                 to[row] = out + (first + row) * out_batch + t * out_step;
             }
-            multiply_rows(from, to, rows, panels + tap * width * PANEL, (end - tap) * width, kernel * width, channels, 0, all,
-                          bias, adds);
+            multiply_rows(from, to, rows, panels + tap * width * PANEL, 0, (end - tap) * width, kernel * width, channels, 0,
+                          all, bias, adds);
         }
     }
 }

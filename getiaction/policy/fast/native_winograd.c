@@ -24,7 +24,7 @@ typedef struct {
     int64_t weight_out, weight_in, weight_line, weight_tap;
     float *found;                                // what comes out, (B, h, w, C'), or the weight's gradient
     int64_t found_batch, found_line, found_place, found_out, found_in, found_row, found_tap;
-    float *scratch;                              // winograd_scratch() numbers
+    float *panels, *scratch;                     // the weights as they were laid before, or NULL; winograd_scratch() numbers
 } winograd;
 
 int64_t winograd_size(void) { return sizeof(winograd); }
@@ -39,10 +39,16 @@ static int64_t row_numbers(const winograd *one) {
     return side_of(one) * one->some * (blocks_of(one->in, PANEL) * PANEL + one->out + SKEW);
 }
 
+static int64_t points_of(const winograd *one) { return side_of(one) * side_of(one); }
+static int64_t tile_numbers(const winograd *one) { return points_of(one) * one->some * (one->in + one->out + 2 * SKEW); }
+
+// Numbers that the weights take as they are laid.
+int64_t winograd_panels(const winograd *one) { return points_of(one) * blocks_of(one->out, PANEL) * PANEL * one->in; }
+
 int64_t winograd_scratch(const winograd *one, int64_t is_gradient, int64_t threads) {
-    int64_t panels = blocks_of(is_gradient ? one->in : one->out, PANEL) * PANEL, points = side_of(one) * side_of(one);
-    if (is_gradient) return threads * row_numbers(one) + points * blocks_of(one->out, TALL) * TALL * panels;
-    return points * (panels * one->in + threads * one->some * (one->in + one->out + 2 * SKEW));
+    int64_t columns = blocks_of(one->in, PANEL) * PANEL;
+    if (is_gradient) return threads * row_numbers(one) + points_of(one) * blocks_of(one->out, TALL) * TALL * columns;
+    return threads * tile_numbers(one) + (one->panels ? 0 : winograd_panels(one));
 }
 
 typedef struct { int64_t batch, y, x; } corner;
@@ -175,7 +181,7 @@ INLINE void put(int tile, const winograd *one, corner at, const float *sums, int
 }
 
 // Lay the weights, transformed, in panels of channels that come out: (points, C' / PANEL, C, PANEL).
-INLINE void lay(int tile, const winograd *one, float *panels, int64_t part, int64_t parts) {
+INLINE void lay_as(int tile, const winograd *one, float *panels, int64_t part, int64_t parts) {
     int side = tile + 2;
     int64_t all = blocks_of(one->out, PANEL), apart = all * PANEL * one->in, tasks = all * one->in / WIDE;
     for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; task++) {
@@ -207,6 +213,18 @@ INLINE void lay(int tile, const winograd *one, float *panels, int64_t part, int6
     }
 }
 
+static void lay(const winograd *one, float *panels, int64_t part, int64_t parts) {
+    if (one->tile == 4) lay_as(4, one, panels, part, parts);
+    else lay_as(2, one, panels, part, parts);
+}
+
+void lay_winograd(const winograd *one, int64_t threads) {
+    IN_PARALLEL {
+        PART
+        lay(one, one->panels, part, parts);
+    }
+}
+
 INLINE void convolve_some(int tile, const winograd *one, int64_t first, int64_t count, const float *panels, float *seen) {
     int64_t all = blocks_of(one->out, PANEL), in = one->in + SKEW, out = one->out + SKEW, points = (tile + 2) * (tile + 2);
     float *sums = seen + points * one->some * in;
@@ -224,7 +242,7 @@ INLINE void convolve_some(int tile, const winograd *one, int64_t first, int64_t 
                 from[i] = seen + (point * one->some + begin + i) * in;
                 to[i] = sums + (point * one->some + begin + i) * out;
             }
-            multiply_rows(from, to, rows, panels + point * all * PANEL * one->in, one->in, one->in, one->out, 0, all, NULL, 0);
+            multiply_rows(from, to, rows, panels + point * all * PANEL * one->in, 0, one->in, one->in, one->out, 0, all, NULL, 0);
         }
     for (int64_t i = 0; i < count; i++) {
         corner at = corner_of(one, first + i);
@@ -236,14 +254,16 @@ INLINE void convolve_some(int tile, const winograd *one, int64_t first, int64_t 
 }
 
 void convolve_winograd(const winograd *one, int64_t threads) {
-    int64_t tiles = tiles_of(one), blocks = blocks_of(tiles, one->some), points = side_of(one) * side_of(one);
-    int64_t weights = points * blocks_of(one->out, PANEL) * PANEL * one->in;
+    int64_t tiles = tiles_of(one), blocks = blocks_of(tiles, one->some);
     IN_PARALLEL {
         PART
-        float *panels = one->scratch, *own = panels + weights + part * points * one->some * (one->in + one->out + 2 * SKEW);
-        if (one->tile == 4) lay(4, one, panels, part, parts);
-        else lay(2, one, panels, part, parts);
-        WAIT
+        float *own = one->scratch + part * tile_numbers(one);
+        float *panels = one->panels;
+        if (!panels) {
+            panels = one->scratch + parts * tile_numbers(one);
+            lay(one, panels, part, parts);
+            WAIT
+        }
         for (int64_t number = blocks * part / parts; number < blocks * (part + 1) / parts; number++) {
             int64_t first = number * one->some, count = tiles - first < one->some ? tiles - first : one->some;
             if (one->tile == 4) convolve_some(4, one, first, count, panels, own);

@@ -36,7 +36,7 @@ class Winograd(ctypes.Structure):
         *((f"weight_{way}", ctypes.c_int64) for way in ("out", "in", "line", "tap")),
         ("found", ctypes.c_void_p),
         *((f"found_{way}", ctypes.c_int64) for way in ("batch", "line", "place", "out", "in", "row", "tap")),
-        ("scratch", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("panels", "scratch")),
     )
 
 
@@ -45,19 +45,42 @@ class Convolver:
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._convolve, self._weigh = functions.convolve_winograd, functions.weigh_winograd
-        self._scratch = functions.winograd_scratch
-        for run in (self._convolve, self._weigh):
+        self._lay, self._panels, self._scratch = (
+            getattr(functions, f"{name}_winograd" if name == "lay" else f"winograd_{name}")
+            for name in ("lay", "panels", "scratch")
+        )
+        for run in (self._convolve, self._weigh, self._lay):
             run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int64), None
         self._scratch.argtypes, self._scratch.restype = (ctypes.c_void_p, *(ctypes.c_int64,) * 2), ctypes.c_int64
+        self._panels.argtypes, self._panels.restype = (ctypes.c_void_p,), ctypes.c_int64
         functions.winograd_size.restype = ctypes.c_int64
         assert functions.winograd_size() == ctypes.sizeof(Winograd)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_turned: bool = False) -> Tensor:
+    def lay(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return weights (C', C, 3, 3) as they are read, for more than one `convolve` of pictures of one shape."""
+        (batch, channels, *sides), tile = x.shape, tile_of(x)
+        one = Winograd(batch, channels, len(weight), *sides, tile, TILES[tile], weight=weight.data_ptr())
+        one.weight_out, one.weight_in, one.weight_line, one.weight_tap = weight.stride()
+        panels = torch.empty(self._panels(ctypes.addressof(one)), **FLOATS)
+        one.panels = panels.data_ptr()
+        self._lay(ctypes.addressof(one), torch.get_num_threads())
+        return panels
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        is_turned: bool = False,
+        panels: Tensor | None = None,
+    ) -> Tensor:
         """Return x (B, C, h, w) convolved with weights (C', C, 3, 3): (B, C', h, w).
 
         Args:
             is_turned: the weights are (C, C', 3, 3), and seen the other way round: x is the gradient of what came out,
                 and what is returned that of what went in.
+            panels: what `lay` made of the weights for pictures of this shape; they are not read then.
         """
         (batch, channels, *sides), tile = x.shape, tile_of(x)
         at, (out, into, line, tap) = weight.data_ptr(), weight.stride()
@@ -66,10 +89,10 @@ class Convolver:
         made = weight.shape[1 if is_turned else 0]
         found = torch.empty((batch, made, *sides), memory_format=LAST, **FLOATS)
         one = Winograd(
-            batch, channels, made, *sides, tile, TILES[tile],
+            batch, channels, made, *sides, tile, share_of(count_tiles(x, tile), TILES[tile]),
             x.data_ptr(), None, *places(x), 0, 0, 0,
             at, None if bias is None else bias.data_ptr(), out, into, line, tap,
-            found.data_ptr(), *places(found),
+            found.data_ptr(), *places(found), 0, 0, 0, 0, None if panels is None else panels.data_ptr(),
         )  # fmt: skip
         self._run(one, is_gradient=False)
         return found
@@ -108,13 +131,20 @@ def tile_of(x: Tensor) -> int:
     return min(SIDES, key=lambda side: count_tiles(x, side) * (side + 2) ** 2 + side / 8)
 
 
+def share_of(tiles: int, most: int) -> int:
+    """Return how many tiles to do at once, at most so many, for all threads to have as much to do."""
+    threads = torch.get_num_threads()
+    turns = -(-tiles // (threads * most))
+    return -(-tiles // (threads * turns))
+
+
 def count_tiles(x: Tensor, side: int) -> int:
     """Return of how many tiles x (B, C, h, w) is made."""
     batch, _, height, width = x.shape
     return batch * -(-height // side) * -(-width // side)
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, *, fewest: int = FEWEST) -> bool:
     """Tell whether a convolution is faster so: of 3x3 taps, at every place of pictures x (B, C, h, w)."""
     if weight.shape[2:] != (3, 3) or (stride, padding) != (1, 1) or min(x.shape[2:]) < SMALLEST:
         return False
@@ -122,7 +152,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: 
         return False
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
         return False
-    return count_tiles(x, tile_of(x)) >= FEWEST
+    return count_tiles(x, tile_of(x)) >= fewest
 
 
 @cache

@@ -11,6 +11,7 @@ anybody, so each process compares them with PyTorch's layers first.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import OrderedDict
 from functools import cache
@@ -19,60 +20,33 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.resnet import BasicBlock
 
 from getiaction.errors import first_line
 from getiaction.policy.fast.convolution import Conv2d, is_plain
 from getiaction.policy.fast.copies import OtherLayerError, Stamp
-from getiaction.policy.fast.half import acts_in_float32
+from getiaction.policy.fast.half import is_slower_in_bf16
+from getiaction.policy.fast.packed_convolution import PackedConvolution, Weights
 from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual, pairs_of, way_around
 from getiaction.policy.fast.watch import Held, Listeners, is_transformed
 
 log = logging.getLogger(__name__)
-SHAPES = 3  # (B, C, H, W), for which packed weights of a network are kept: those used last
+type Plan = tuple[torch.Size, torch.dtype]  # of pictures, (B, C, H, W), and what weights are kept in
+PLANS = 3  # for which packed weights of a network are kept: those used last
 CLOSE = 1e-4  # how far what is packed may be from the layers
 
 
-class Convolution:
-    """Do what a convolution and its norm do, for pictures of one shape, with the weights that they have now."""
-
-    def __init__(self, layer: nn.Conv2d, norm: nn.Module) -> None:
-        self._layer, self._norm = layer, norm
-        self._folds = isinstance(norm, nn.BatchNorm2d)
-        self._window = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-        self._packed: tuple[Tensor, Tensor | None] | None = None
-
-    def __call__(self, x: Tensor, *, rectify: bool = False, residual: Tensor | None = None) -> Tensor:
-        """Map (B, C, H, W) to (B, C', H', W'), add `residual` to it, and then take ReLU of it if told to."""
-        convolve, sizes = torch.ops.mkldnn._convolution_pointwise, (*self._packed_for(x), *self._window)
-        if self._folds and residual is not None:
-            hidden = convolve(x, residual, *sizes, "add", None, None, [], None)
-        else:
-            hidden = convolve(x, *sizes, "none", [], "")
-            hidden = hidden if self._folds else self._norm(hidden)
-            hidden = hidden if residual is None else hidden.add_(residual)
-        return hidden.relu_() if rectify else hidden  # oneDNN's makes 0 of what is no number
-
-    def _packed_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        packed = self._packed
-        if packed is None:
-            weight, bias = self._layer.weight.detach(), self._layer.bias
-            if isinstance(norm := self._norm, nn.BatchNorm2d):
-                mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-                weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
-            last = weight.detach().contiguous(memory_format=torch.channels_last)
-            packed = torch.ops.mkldnn._reorder_convolution_weight(last, *self._window, x.shape), bias
-            self._packed = packed
-        return packed
-
-
 class PackedResnet:
-    """Do what a torchvision ResNet does, for pictures of one shape, with the weights that it has now."""
+    """Do what a torchvision ResNet does, for pictures of one shape, with the weights that it has now.
 
-    def __init__(self, backbone: nn.Sequential) -> None:
+    Args:
+        weights: as its convolutions read them: see `PackedConvolution`.
+        dtype: what weights are rounded to where few places are seen.
+    """
+
+    def __init__(self, backbone: nn.Sequential, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
         layers: list[Any] = list(backbone)
-        every = {layer: Convolution(layer, norm) for layer, norm in all_pairs_of(backbone)}
+        every = {layer: PackedConvolution(layer, norm, weights, dtype) for layer, norm in all_pairs_of(backbone)}
         self._first, self._pooling = every[layers[0]], layers[3]
         self._blocks = [
             ([every[layer] for layer, _ in pairs_of(block)], every[way[0]] if way else None)
@@ -105,9 +79,10 @@ class Packed:
             raise OtherLayerError
         self._pairs = all_pairs_of(backbone)
         self._stamp, self._settings = Stamp(read_by(self._pairs)), settings_of(self._pairs)
-        self._of: OrderedDict[torch.Size, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
+        self._of: OrderedDict[Plan, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
+        self._weights: Weights = {}
 
-    def find(self, backbone: nn.Sequential, shape: torch.Size) -> PackedResnet | None:
+    def find(self, backbone: nn.Sequential, plan: Plan) -> PackedResnet | None:
         """Return what does the same as a network with the weights it has now; None: its layers are to be called."""
         if self._listeners.there() or self.held.is_patched():
             return None
@@ -115,18 +90,19 @@ class Packed:
             return None
         if self._stamp.changed() or self._settings != settings_of(self._pairs):
             self._of.clear()  # who uses one meanwhile goes on with what that was made of
+            self._weights = {}
             self._stamp.keep()
             self._settings = settings_of(self._pairs)
-        if shape not in self._of:
-            self._of[shape] = PackedResnet(backbone)
-            if len(self._of) > SHAPES:
+        if plan not in self._of:
+            self._of[plan] = PackedResnet(backbone, self._weights, plan[1])
+            if len(self._of) > PLANS:
                 self._of.popitem(last=False)
-        self._of.move_to_end(shape)
-        return self._of[shape]
+        self._of.move_to_end(plan)
+        return self._of[plan]
 
-    def give_up(self, shape: torch.Size) -> None:
+    def give_up(self, plan: Plan) -> None:
         """Leave pictures of a shape to the layers, for as long as the weights are these."""
-        self._of[shape] = None
+        self._of[plan] = None
 
 
 KEPT: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
@@ -136,23 +112,28 @@ LOCK = threading.Lock()
 def encode(backbone: nn.Module, pictures: Tensor) -> Tensor:
     """Call a backbone with pictures (B, C, H, W), or do what a ResNet does by packed weights: where that is faster.
 
-    It is on the CPU, in float32, and without gradients; under autocast, too, if the CPU is slower in bf16. Weights are
-    packed again when they changed (see `Stamp`).
+    It is on the CPU, in float32, and without gradients. Under autocast to bf16, if the CPU is slower in it, nothing but
+    weights that few places see is rounded. Weights are packed again when they changed (see `Stamp`).
     """
-    if acts_in_float32(pictures):
-        with torch.autocast("cpu", enabled=False):
-            return encode(backbone, pictures)
-    if (packed := packed_for(backbone, pictures)) is not None:
+    if not is_slower_in_bf16(pictures):
+        return encode_by(backbone, pictures, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        return encode_by(backbone, pictures, torch.bfloat16)
+
+
+def encode_by(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype) -> Tensor:
+    """Do that with weights in a type."""
+    if (packed := packed_for(backbone, pictures, dtype)) is not None:
         try:
             return packed(pictures)
         except RuntimeError as error:  # oneDNN cannot do this shape, or there is no memory for it
             log.debug("pictures of %s are left to the layers: %s", tuple(pictures.shape), first_line(error))
             if (kept := KEPT.get(backbone)) is not None:
-                kept.give_up(pictures.shape)
+                kept.give_up((pictures.shape, dtype))
     return cast(Tensor, backbone(pictures))
 
 
-def packed_for(backbone: nn.Module, pictures: Tensor) -> PackedResnet | None:
+def packed_for(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype = torch.float32) -> PackedResnet | None:
     """Return what does the same as a ResNet that sees such pictures, or None where its layers are to be called."""
     if pictures.device.type != "cpu":
         KEPT.pop(backbone, None)  # what was made before it moved
@@ -170,7 +151,7 @@ def packed_for(backbone: nn.Module, pictures: Tensor) -> PackedResnet | None:
                 KEPT[backbone] = kept = Packed(backbone)
             except OtherLayerError:
                 return None
-        return kept.find(backbone, pictures.shape)
+        return kept.find(backbone, (pictures.shape, dtype))
 
 
 def takes(layer: nn.Module, norm: nn.Module) -> bool:
@@ -228,7 +209,8 @@ def compare(norm: Any) -> None:
     for weight in network.state_dict().values():
         wave = torch.arange(weight.numel(), device="cpu").sin().view(weight.shape)
         weight.copy_(0.1 * wave if weight.ndim > 1 else 1 + 0.3 * wave)
-    pictures = torch.arange(2 * 3 * 21 * 18, device="cpu").sin().view(2, 3, 21, 18)
-    wanted, found = network(pictures), PackedResnet(network)(pictures)
-    if not torch.allclose(found, wanted, rtol=CLOSE, atol=CLOSE):
-        raise ArithmeticError("they compute something else")
+    for shape in ((2, 3, 21, 18), (3, 3, 33, 30)):  # small tiles and large ones
+        pictures = torch.arange(math.prod(shape), device="cpu").sin().view(shape)
+        wanted, found = network(pictures), PackedResnet(network, {})(pictures)
+        if not torch.allclose(found, wanted, rtol=CLOSE, atol=CLOSE):
+            raise ArithmeticError("they compute something else")

@@ -166,6 +166,17 @@ def test_what_is_not_plain_is_left_to_pytorch(change: Any, name: str, calls: lis
     assert calls == []
 
 
+@pytest.mark.parametrize(("side", "channels"), [(8, 32), (9, 48), (6, 16)])
+def test_weights_that_were_laid_before_give_the_same_bits(side: int, channels: int) -> None:
+    convolver, draw = native_pictures.convolver(), torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, channels, 3, 3, generator=draw), torch.randn(48, generator=draw)
+    x = torch.randn(9, side, side, channels, generator=draw).movedim(3, 1)
+    panels = convolver.lay(x, weight)
+    for given in (x, x.neg()):
+        wanted = convolver.convolve(given, weight, bias)
+        assert torch.equal(convolver.convolve(given, torch.empty_like(weight), bias, panels=panels), wanted)
+
+
 @pytest.mark.parametrize(("side", "batch", "taken"), [(4, 32, ["Convolver"]), (4, 31, []), (3, 32, [])])
 def test_tiles_come_before_taps(side: int, batch: int, taken: list[str], calls: list[str]) -> None:
     """Where there are enough of them."""

@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.fast import half, packed
+from getiaction.policy.fast import half, native_layers, packed
 from getiaction.policy.fast.packed import KEPT, PackedResnet, encode, packed_for
+from getiaction.policy.fast.packed_convolution import PackedConvolution
 
 SHAPES = [("resnet18", (1, 64, 64)), ("resnet18", (3, 65, 47)), ("resnet50", (2, 33, 64))]  # B, H, W
 
@@ -28,6 +30,20 @@ SHAPES = [("resnet18", (1, 64, 64)), ("resnet18", (3, 65, 47)), ("resnet50", (2,
 def _onednn() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
+
+
+@pytest.fixture
+def _without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "works", lambda: False)
+
+
+@pytest.fixture
+def _with_c() -> None:
+    if not native_layers.works():
+        pytest.skip("needs a C compiler")
+
+
+ways = pytest.mark.parametrize("way", ["_with_c", "_without_c"])
 
 
 def make(norm: str, resnet: str = "resnet18") -> nn.Sequential:
@@ -60,12 +76,37 @@ def check(backbone: nn.Sequential, pictures: Tensor) -> None:
     assert_equal(found(pictures), backbone(pictures))
 
 
+@ways
 @pytest.mark.parametrize(("resnet", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_it_is_what_the_layers_compute(norm: str, resnet: str, shape: tuple[int, int, int]) -> None:
+def test_it_is_what_the_layers_compute(
+    norm: str, resnet: str, shape: tuple[int, int, int], way: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(way)
     backbone = make(norm, resnet)
     check(backbone, drawn(*shape))
     check(backbone, drawn(*shape).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.usefixtures("_with_c")
+@torch.no_grad()
+def test_each_convolution_goes_the_way_that_is_fastest_for_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[tuple[str, int]]()
+    for way in ("_few", "_tiles", "_pack"):
+        make_it = getattr(PackedConvolution, way)
+
+        def listen(self: Any, *given: Any, way: str = way, make_it: Any = make_it) -> Any:
+            taken.append((way, self._layer.kernel_size[0]))
+            return make_it(self, *given)
+
+        monkeypatch.setattr(PackedConvolution, way, listen)
+    backbone = make("group")
+    many = {("_pack", 7): 1, ("_tiles", 3): 10, ("_pack", 3): 2, ("_few", 3): 4, ("_few", 1): 2, ("_pack", 1): 1}
+    one = {("_pack", 7): 1, ("_tiles", 3): 4, ("_few", 3): 12, ("_few", 1): 3}
+    for batch_size, wanted in ((1, one), (32, many)):
+        taken.clear()
+        check(backbone, drawn(batch_size))
+        assert Counter(taken) == wanted
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -156,7 +197,7 @@ def test_it_follows_the_weights(change: str, norm: str) -> None:
 
 
 @pytest.fixture
-def packings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def packings(monkeypatch: pytest.MonkeyPatch, _without_c: None) -> list[Tensor]:
     """Return a list of what is packed from now on."""
     found: list[Tensor] = []
     pack = torch.ops.mkldnn._reorder_convolution_weight
@@ -181,17 +222,37 @@ def test_what_does_not_change_is_packed_once(packings: list[Tensor]) -> None:
     assert len(packings) == 4 * 20
 
 
+@pytest.mark.usefixtures("_with_c")
 @torch.no_grad()
-def test_packed_weights_compute_the_same_whatever_was_packed_before(packings: list[Tensor]) -> None:
+def test_weights_for_few_places_and_tiles_are_laid_once_for_all_shapes() -> None:
+    backbone = make("batch")
+    for batch_size in (1, 2, 1):
+        check(backbone, drawn(batch_size))
+    laid = dict(KEPT[backbone]._weights)
+    check(backbone, drawn(3))
+    assert laid.items() <= KEPT[backbone]._weights.items()
+    assert len(laid) == len({layer for layer, _ in laid}) == 19  # all but the first convolution's
+    backbone[7][1].bn2.running_var.mul_(2)
+    check(backbone, drawn())
+    assert len(KEPT[backbone]._weights) == 19
+    assert not {id(one) for one in laid.values()} & {id(one) for one in KEPT[backbone]._weights.values()}
+
+
+@ways
+@torch.no_grad()
+def test_packed_weights_compute_the_same_whatever_was_packed_before(way: str, request: pytest.FixtureRequest) -> None:
     """Or what a run gives would depend on how it came there."""
+    request.getfixturevalue(way)
     backbone = make("batch")
     first = [encode(backbone, drawn(batch_size)) for batch_size in (1, 2, 3, 4)]
+    makes = KEPT[backbone]._of.copy()
     again = [encode(backbone, drawn(batch_size)) for batch_size in (4, 3, 2, 1)]
-    assert len(packings) > 4 * 20
+    assert makes.keys() != KEPT[backbone]._of.keys()
     for one, other in zip(first, reversed(again), strict=True):
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("_without_c")
 @torch.no_grad()
 def test_who_is_at_it_while_weights_change_leaves_nothing_old_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, pictures = make("batch"), drawn()
@@ -292,20 +353,26 @@ def test_other_calls_are_left_to_the_layers() -> None:
         assert packed_for(backbone, pictures) is not None
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
 @torch.no_grad()
-def test_under_autocast_a_cpu_that_is_slower_in_bf16_stays_in_float32(
-    norm: str, monkeypatch: pytest.MonkeyPatch
+def test_under_autocast_a_cpu_that_is_slower_in_bf16_rounds_some_weights_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    backbone, pictures = make(norm), drawn()
+    backbone, pictures = make("group"), drawn()
     full = encode(backbone, pictures)
-    for faster in (False, True):
-        monkeypatch.setattr(half, "is_faster_in_bf16", {"cpu": faster}.get)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = encode(backbone, pictures)
-            wanted = backbone(pictures) if faster else full
-        assert torch.equal(found, wanted)
-        assert torch.equal(found, full) is not faster
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(half, "is_faster_in_bf16", {"cpu": True}.get)
+        assert torch.equal(encode(backbone, pictures), usual := backbone(pictures))
+        monkeypatch.setattr(half, "is_faster_in_bf16", {"cpu": False}.get)
+        rounded = encode(backbone, pictures)
+    assert rounded.dtype == torch.float32
+    assert float((rounded - full).norm()) < float((usual - full).norm())
+    assert torch.equal(rounded, full) is not native_layers.works()
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.copy_(layer.weight.bfloat16())
+    full = encode(backbone, pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode(backbone, pictures), full)
 
 
 @pytest.mark.parametrize("fault", ["other sums", "another signature"])
