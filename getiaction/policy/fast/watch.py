@@ -26,7 +26,8 @@ class Held:
     def __init__(self, module: nn.Module) -> None:
         layers = list(module.modules())
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._children = [_nobody if child is None else weakref.ref(child) for child in children_of(layers)]
+        numbers = {layer: number for number, layer in enumerate(layers)}
+        self._children = [-1 if child is None else numbers[child] for child in children_of(layers)]
         self._places = places_of(layers)
 
     def unchanged(self) -> bool:
@@ -34,8 +35,8 @@ class Held:
         layers = [layer() for layer in self._layers]
         if None in layers:
             return False
-        children = children_of(layers)
-        if len(children) != len(self._children) or not all(map(is_, children, [one() for one in self._children])):
+        children, known = children_of(layers), [*layers, None]
+        if len(children) != len(self._children) or not all(map(is_, children, map(known.__getitem__, self._children))):
             return False
         return places_of(layers) == self._places
 
@@ -48,7 +49,8 @@ def children_of(layers: Iterable[nn.Module | None]) -> list[nn.Module | None]:
     """Return the children of each layer, in order; None is one, too."""
     found: list[nn.Module | None] = []
     for layer in cast(Iterable[nn.Module], layers):
-        found += layer._modules.values()
+        if own := vars(layer)["_modules"]:
+            found += own.values()
     return found
 
 
@@ -56,13 +58,13 @@ def places_of(layers: Iterable[nn.Module | None]) -> list[object]:
     """Return which weights and buffers each layer has, and how they lie in memory."""
     found: list[Tensor | None] = []
     for layer in cast(Iterable[nn.Module], layers):
-        found += layer._parameters.values()
-        found += layer._buffers.values()
-    return [None if one is None else (one.data_ptr(), one.stride()) for one in found]
-
-
-def _nobody() -> None:
-    return None
+        own = vars(layer)  # twice as fast as by name
+        if own["_parameters"]:
+            found += own["_parameters"].values()
+        if own["_buffers"]:
+            found += own["_buffers"].values()
+    there = [one for one in found if one is not None]
+    return [[one is None for one in found], list(map(Tensor.data_ptr, there)), list(map(Tensor.stride, there))]
 
 
 def is_transformed() -> bool:
