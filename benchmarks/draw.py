@@ -83,8 +83,9 @@ ACTING = (
     Series("exported", AVX512, "s", "inference-2026-11-25.json", acted("getiaction onnx")),
     Series("compiled", AVX2, "P", "inference_native-2026-11-27.json", acted("getiaction")),
     Series("exported", AVX2, "s", "inference_native-2026-11-27.json", acted("getiaction onnx")),
-    Series("compiled", INTEL, "P", "inference_intel_ahead-2026-11-28.json", acted("getiaction")),
-    Series("exported", INTEL, "s", "inference_intel_ahead-2026-11-28.json", acted("getiaction onnx")),
+    Series("compiled", INTEL, "P", "inference_bf16_intel-2026-11-28.json", acted("getiaction")),
+    Series("compiled, bf16", INTEL, "D", "inference_bf16_intel-2026-11-28.json", acted("getiaction bf16")),
+    Series("exported", INTEL, "s", "inference_bf16_intel-2026-11-28.json", acted("getiaction onnx")),
     Series("PyTorch", H200, "o", "gpu_h200-2026-11-27.json", acted_on_gpu),
 )
 
