@@ -1,8 +1,8 @@
 """Measure how fast each preset trains on this machine: `python -m benchmarks.presets --root ../shared/data/pusht`.
 
 Each preset runs for a few steps as users run it (a process of its own, its loader and its loop). Recorded are the
-median rate after warm-up, the share of the time spent waiting for data, and what the whole preset would take at that
-rate. `pusht_cpu` runs whole. Results go to benchmarks/results/presets-<date>.json; README's table is printed.
+median rate after warm-up, the share of the time spent waiting for data, and the most memory that the run held.
+`pusht_cpu` runs whole. Results go to benchmarks/results/presets-<date>.json; README's table is printed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from getiaction.machine import kept_scheduling
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = {"pusht_basic": 12, "pusht_advanced": 8, "pusht_fast": 20, "pusht_cpu": None, "pusht_multigpu": 4, "aloha": 4}
+STEPS |= {"pusht_laptop": 200, "pusht_keypoints": 60, "pusht_pictures": 60}
+BOXED = {"pusht_laptop": [], "pusht_keypoints": ["dataset=pusht_demo_keypoints"], "pusht_pictures": []}
+"""Presets that learn from the demonstrations in the box, and how they are told to."""
 OVERRIDES = {
     "pusht_multigpu": ["hardware.num_processes=1", "backbone.weights=null"],
     "aloha": ["backbone.weights=null"],
@@ -37,7 +40,9 @@ def measure(preset: str, root: Path, folder: Path) -> dict[str, Any]:
     steps = STEPS[preset]
     short = [f"training.max_steps={steps}", "training.log_every=1", "training.save_every=null", "validation.every=null"]
     short += ["validation.max_samples=1", "validation.max_sampled=0", "lr_scheduler.num_warmup_steps=0"]
-    command = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", f"dataset.root={root}"]
+    short += ["evaluation.every=null", "evaluation.final_episodes=null"]
+    data = BOXED.get(preset, [f"dataset.root={root}"])
+    command = [sys.executable, "-m", "getiaction.train", f"+preset={preset}", *data]
     command += [f"output_dir={folder}", *OVERRIDES.get(preset, []), *(short if steps else [])]
     begin = time.perf_counter()
     subprocess.run(command, check=True)
@@ -55,6 +60,7 @@ def measure(preset: str, root: Path, folder: Path) -> dict[str, Any]:
             max(line["samples_per_s"] for line in warm),
         ],
         "data_wait": round(statistics.mean(line["data_wait"] for line in warm), 4),
+        "memory_gb": max(line["memory_gb"] for line in training),
         "wall_s": round(seconds, 1),
         "whole_preset_ran": steps is None,
         "validation": [line for line in lines if "val_loss" in line],
@@ -116,7 +122,8 @@ def main() -> None:
     )
     for result in results:
         low, high = result["samples_per_s_range"]
-        print(f"| `{result['preset']}` | {result['samples_per_s']} ({low} to {high}) | {result['data_wait']:.1%} |")
+        rate = f"{result['samples_per_s']} ({low} to {high})"
+        print(f"| `{result['preset']}` | {rate} | {result['data_wait']:.1%} | {result['memory_gb']:.1f} GB |")
     print(f"written to {path}")
 
 

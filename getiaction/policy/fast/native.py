@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from getiaction.files import default_cache_dir
-from getiaction.machine import read_cpu
+from getiaction.machine import count_cores, read_cpu
 
 log = logging.getLogger(__name__)
 PARTS = "native", "native_norms", "native_blocks", "native_pictures", "native_winograd", "native_few"
@@ -147,18 +148,28 @@ def compiled(compiler: list[str], folder: Path, name: str) -> Path:
     ways = [way for way in WAYS if not (is_clang and "-fopenmp" in way)]
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own) / "made.so"
+        parts = [(source, made.with_name(f"{source.stem}.o")) for source in SOURCES]
         for way in ways:
-            flags = *FAST, *way, "-shared", "-fPIC", f"-I{HEADER.parent}"
-            command = [*compiler, *flags, *map(str, SOURCES), "-o", str(made), "-lm"]
-            done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
-            )
-            if done.returncode == 0:
+            flags = [*FAST, *way, "-fPIC", f"-I{HEADER.parent}"]
+            commands = [[*compiler, *flags, "-c", str(source), "-o", str(part)] for source, part in parts]
+            with ThreadPoolExecutor(count_cores()) as pool:
+                done = list(pool.map(attempt, commands))
+            if not any(one.returncode for one in done):
+                done = [
+                    attempt([*compiler, *flags, "-shared", *(str(part) for _, part in parts), "-o", str(made), "-lm"])
+                ]
+            if not any(one.returncode for one in done):
                 digest = hashlib.sha256(made.read_bytes()).hexdigest()[:32]
                 return made.replace(folder / f"{name}-{digest}.so")  # in one step: others may be at it, too
-            log.debug("%s: %s", command, done.stderr)
-    said = done.stderr.strip().splitlines()[-1:]
-    raise subprocess.SubprocessError(f"{shlex.join(compiler)} ends with {done.returncode}: {said}")
+            failed = next(one for one in done if one.returncode)
+            log.debug("%s: %s", failed.args, failed.stderr)
+    said = failed.stderr.strip().splitlines()[-1:]
+    raise subprocess.SubprocessError(f"{shlex.join(compiler)} ends with {failed.returncode}: {said}")
+
+
+def attempt(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler and return how it ended."""
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
 
 
 def compare(library: Library) -> None:
