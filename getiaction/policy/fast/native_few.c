@@ -18,7 +18,8 @@ static void unfold(const few *one, int64_t begin, int64_t end) {
     int64_t each = one->out_height * one->out_width;
     float *to = one->scratch + begin * one->kernel * one->kernel * one->in;
     for (int64_t row = begin; row < end; row++) {
-        int64_t top = row % each / one->out_width * one->stride - one->padding, left = row % one->out_width * one->stride - one->padding;
+        int64_t top = row % each / one->out_width * one->stride - one->padding;
+        int64_t left = row % one->out_width * one->stride - one->padding;
         for (int64_t tap = 0; tap < one->kernel * one->kernel; tap++, to += one->in) {
             int64_t y = top + tap / one->kernel, x = left + tap % one->kernel;
             if (y < 0 || y >= one->height || x < 0 || x >= one->width) memset(to, 0, sizeof(float) * one->in);
