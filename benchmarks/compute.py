@@ -33,8 +33,8 @@ from getiaction.config.record import describe_machine
 from getiaction.config.run import build_trainer, start_accelerator
 from getiaction.config.schema import Config
 from getiaction.config.sources import find_data
+from getiaction.half import is_faster_in_bf16
 from getiaction.keys import ACTION_IS_PAD
-from getiaction.policy.fast.half import is_faster_in_bf16
 
 RESULTS = Path(__file__).parent / "results"
 CLIP = 10.0  # LeRobot's default

@@ -33,12 +33,12 @@ from getiaction.config.build import build_policy
 from getiaction.config.compose import compose
 from getiaction.config.record import describe_machine
 from getiaction.config.schema import Config
+from getiaction.half import is_faster_in_bf16
 from getiaction.interop.lerobot import load_policy, write_policy
 from getiaction.interop.onnx_file import export_onnx
 from getiaction.interop.onnx_policy import OnnxPolicy
 from getiaction.keys import is_camera
 from getiaction.policy import DiffusionPolicy, Features
-from getiaction.policy.fast.half import is_faster_in_bf16
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("pusht_laptop", "pusht_keypoints", "pusht_cpu", "pusht_fast", "pusht_basic", "pusht_advanced", "aloha")

@@ -11,7 +11,7 @@ import torch
 
 from getiaction.config.problems import Problem
 from getiaction.config.schema import Config
-from getiaction.policy.fast.half import is_faster_in_bf16
+from getiaction.half import is_faster_in_bf16
 
 
 def check_devices(config: Config) -> Iterator[Problem]:

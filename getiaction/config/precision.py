@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from getiaction.policy.fast.half import is_faster_in_bf16
+from getiaction.half import is_faster_in_bf16
 
 log = logging.getLogger(__name__)
 CHOICES = ("no", "bf16", "fp16", "auto")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from getiaction import half
 from getiaction.config.precision import allow_tf32, choose_precision, rounding
-from getiaction.policy.fast import half
-from getiaction.policy.fast.half import is_faster_in_bf16
+from getiaction.half import is_faster_in_bf16
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
 """Find the operations in C: compiled at the first use, for this CPU, and kept in the cache.
 
-They are those of who acts, `native.c`, and of who learns, `native_norms.c`, `native_blocks.c`, `native_pictures.c` and
-`native_winograd.c`, which say why. Acting asks for a few rows. PyTorch then packs each weight anew for every product,
-or reads it as slowly as it lies, and takes a call for each operation. Here weights lie as they are read, and a
-denoising step is one call. It takes a C compiler (`$CC`, gcc, cc or clang); without one, or where what it made computes
-something else, PyTorch's operations are taken: see `unrolled`. What is in the cache is named after its own content and
-belongs to who runs it.
+They are those of who acts, `native.c` and `native_few.c`, of who learns, `native_blocks.c` and `native_pictures.c`, and
+of both, `native_norms.c` and `native_winograd.c`; each says why. Acting asks for a few rows. PyTorch then packs each
+weight anew for every product, or reads it as slowly as it lies, and takes a call for each operation. Here weights lie
+as they are read, and a denoising step is one call. It takes a C compiler (`$CC`, gcc, cc or clang); without one, or
+where what it made computes something else, PyTorch's operations are taken: see `unrolled`. What is in the cache is named
+after its own content and belongs to who runs it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -183,21 +184,21 @@ def compare(library: Library) -> None:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
-    x, weight, bias = drawn(1, 13, width), drawn(channels, width), drawn(channels)
-    sums, rounded, out = drawn(1, 13, channels), drawn(1, 13, channels), drawn(1, 13, channels)
+    weight, bias = drawn(channels, width), drawn(channels)
     panels = weight.unflatten(0, (-1, library.panel)).transpose(1, 2).contiguous()
     pairs = panels.unflatten(2, (2, -1)).transpose(2, 3).bfloat16().contiguous()
-    affine = {"weight": bias.data_ptr(), "bias": bias.data_ptr(), "groups": 4, "eps": 1e-5}
-    operations = (
-        describe(PRODUCT, x, sums, phase=0, width=width, weight=panels.data_ptr(), bias=bias.data_ptr()),
-        describe(PRODUCT, x, rounded, phase=0, width=width, weight=pairs.data_ptr(), bias=bias.data_ptr(), halves=True),
-        describe(NORM, sums, out, phase=1, **affine),
-    )
-    library.run((Operation * 3)(*operations), 0, torch.get_num_threads())
-    by_halves = functional.linear(x.double(), weight.bfloat16().double(), bias.double())
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    wanted = functional.linear(x, weight, bias)
-    normalised = functional.mish(functional.group_norm(wanted.transpose(1, 2), 4, bias, bias)).transpose(1, 2)
-    for one, other in ((sums, wanted), (rounded, by_halves), (out, normalised)):
-        if not torch.allclose(one.double(), other, rtol=1e-4, atol=1e-4):
-            raise ArithmeticError("it computes something else")
+    kinds = (panels, weight.double()), (pairs, weight.bfloat16().double())
+    for rows, (laid, exact) in product((1, 2, 4, 6, 8, 9, 13), kinds):  # that are multiplied at once, and some more
+        x, sums, out = drawn(1, rows, width), drawn(1, rows, channels), drawn(1, rows, channels)
+        more = {"weight": laid.data_ptr(), "bias": bias.data_ptr(), "halves": laid is pairs}
+        affine = {"weight": bias.data_ptr(), "bias": bias.data_ptr(), "groups": 4, "eps": 1e-5}
+        operations = (
+            describe(PRODUCT, x, sums, phase=0, width=width, **more),
+            describe(NORM, sums, out, phase=1, **affine),
+        )
+        library.run((Operation * 2)(*operations), 0, torch.get_num_threads())
+        wanted = functional.linear(x.double(), exact, bias.double())
+        normalised = functional.group_norm(wanted.transpose(1, 2), 4, bias.double(), bias.double())
+        for one, other in ((sums, wanted), (out, functional.mish(normalised).transpose(1, 2))):
+            if not torch.allclose(one.double(), other, rtol=1e-4, atol=1e-4):
+                raise ArithmeticError("it computes something else")

@@ -1,5 +1,5 @@
 // Convolve pictures of few places, as when one robot acts: what each of them sees is laid in a row, and each weight is then
-// read once for all of them, in panels.
+// read, in panels, once for MANY of them.
 #include "native.h"
 
 typedef struct {

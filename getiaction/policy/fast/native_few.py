@@ -1,8 +1,10 @@
-"""Convolve pictures of few places, as when one robot acts, by `native_few.c`: each weight is read once for all."""
+"""Convolve pictures of few places, as when one robot acts, by `native_few.c`: each weight is read once for many."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +35,13 @@ class FewPlaces:
     """
 
     def __init__(self, layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        library = find_library()
-        assert library is not None
-        self._run = library.functions.convolve_few
-        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64), None
-        library.functions.few_size.restype = ctypes.c_int64
-        assert library.functions.few_size() == ctypes.sizeof(Few)
+        found = find_few()
+        assert found is not None
+        self._run, panel = found
         self._window = (layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
         self._channels, self._bias = weight.shape[:2], bias
         self._halves = dtype == torch.bfloat16
-        self._panels = panels_of(weight, dtype, library.panel)
+        self._panels = panels_of(weight, dtype, panel)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w), whose channels are in order, to (B, C', h', w')."""
@@ -67,3 +66,14 @@ def panels_of(weight: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     copy = Copy(weight, rows.permute(0, 3, 4, 2, 1), dtype, in_pairs=dtype == torch.bfloat16)
     copy.refresh()
     return copy.copy
+
+
+@cache
+def find_few() -> tuple[Callable[[int, int], None], int] | None:
+    """Return the compiled operation and the channels of a panel, or None where it cannot be had."""
+    if (library := find_library()) is None:
+        return None
+    run, size = library.functions.convolve_few, library.functions.few_size
+    run.argtypes, run.restype, size.restype = (ctypes.c_void_p, ctypes.c_int64), None, ctypes.c_int64
+    assert size() == ctypes.sizeof(Few)
+    return run, library.panel

@@ -1,4 +1,4 @@
-"""Learn on a CPU with what lies between two convolutions as one call of C each way: `native_norms.c`.
+"""Do what lies between two convolutions on a CPU as one call of C, and learn so, each way: `native_norms.c`.
 
 A norm, an activation, FiLM and an addition are up to a dozen of PyTorch's operations, each of which reads and writes
 all of a layer. Here they are a few passes over a sample, which a cache holds, with the channels last in memory and

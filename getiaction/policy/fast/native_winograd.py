@@ -1,4 +1,4 @@
-"""Convolve pictures that learn on a CPU by Winograd's F(4x4, 3x3) and F(2x2, 3x3), each way one call of C.
+"""Convolve pictures on a CPU by Winograd's F(4x4, 3x3) and F(2x2, 3x3), each way one call of C.
 
 That is `native_winograd.c`: a quarter of the multiplications, at errors of some 7e-7 of the result's size, or four
 ninths, at PyTorch's own. A tile shares its errors: what is not finite makes all of it NaN, and a place some thousand
@@ -56,10 +56,9 @@ class Convolver:
         functions.winograd_size.restype = ctypes.c_int64
         assert functions.winograd_size() == ctypes.sizeof(Winograd)
 
-    def lay(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return weights (C', C, 3, 3) as they are read, for more than one `convolve` of pictures of one shape."""
-        (batch, channels, *sides), tile = x.shape, tile_of(x)
-        one = Winograd(batch, channels, len(weight), *sides, tile, TILES[tile], weight=weight.data_ptr())
+    def lay(self, tile: int, weight: Tensor) -> Tensor:
+        """Return weights (C', C, 3, 3) as `convolve` reads them, by tiles of so many places a side."""
+        one = Winograd(channels=weight.shape[1], out_channels=len(weight), tile=tile, weight=weight.data_ptr())
         one.weight_out, one.weight_in, one.weight_line, one.weight_tap = weight.stride()
         panels = torch.empty(self._panels(ctypes.addressof(one)), **FLOATS)
         one.panels = panels.data_ptr()
@@ -80,7 +79,7 @@ class Convolver:
         Args:
             is_turned: the weights are (C, C', 3, 3), and seen the other way round: x is the gradient of what came out,
                 and what is returned that of what went in.
-            panels: what `lay` made of the weights for pictures of this shape; they are not read then.
+            panels: what `lay` made of the weights for `tile_of(x)`; of the weights only the shape is looked at then.
         """
         (batch, channels, *sides), tile = x.shape, tile_of(x)
         at, (out, into, line, tap) = weight.data_ptr(), weight.stride()

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from getiaction.errors import first_line
+from getiaction.half import acts_in_slow_bf16
 from getiaction.policy.fast.convolution import Conv2d, is_plain
 from getiaction.policy.fast.copies import OtherLayerError, Stamp
-from getiaction.policy.fast.half import is_slower_in_bf16
+from getiaction.policy.fast.native_norms import FLOATS
 from getiaction.policy.fast.packed_convolution import PackedConvolution, Weights
 from getiaction.policy.fast.residual import all_pairs_of, blocks_of, is_residual, pairs_of, way_around
 from getiaction.policy.fast.watch import Held, Listeners, is_transformed
@@ -80,7 +81,7 @@ class Packed:
         self._pairs = all_pairs_of(backbone)
         self._stamp, self._settings = Stamp(read_by(self._pairs)), settings_of(self._pairs)
         self._of: OrderedDict[Plan, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
-        self._weights: Weights = {}
+        self._weights = Weights()
 
     def find(self, backbone: nn.Sequential, plan: Plan) -> PackedResnet | None:
         """Return what does the same as a network with the weights it has now; None: its layers are to be called."""
@@ -90,7 +91,7 @@ class Packed:
             return None
         if self._stamp.changed() or self._settings != settings_of(self._pairs):
             self._of.clear()  # who uses one meanwhile goes on with what that was made of
-            self._weights = {}
+            self._weights = Weights()
             self._stamp.keep()
             self._settings = settings_of(self._pairs)
         if plan not in self._of:
@@ -115,14 +116,16 @@ def encode(backbone: nn.Module, pictures: Tensor) -> Tensor:
     It is on the CPU, in float32, and without gradients. Under autocast to bf16, if the CPU is slower in it, nothing but
     weights that few places see is rounded. Weights are packed again when they changed (see `Stamp`).
     """
-    if not is_slower_in_bf16(pictures):
-        return encode_by(backbone, pictures, torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        return encode_by(backbone, pictures, torch.bfloat16)
+    if not is_transformed() and acts_in_slow_bf16(pictures):
+        with torch.autocast("cpu", enabled=False):
+            features = encode_packed(backbone, pictures, torch.bfloat16)
+    else:
+        features = encode_packed(backbone, pictures, torch.float32)
+    return cast(Tensor, backbone(pictures)) if features is None else features
 
 
-def encode_by(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do that with weights in a type."""
+def encode_packed(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Do that by weights of a type, or return None where the layers are to be called."""
     if (packed := packed_for(backbone, pictures, dtype)) is not None:
         try:
             return packed(pictures)
@@ -130,7 +133,7 @@ def encode_by(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype) -> Tens
             log.debug("pictures of %s are left to the layers: %s", tuple(pictures.shape), first_line(error))
             if (kept := KEPT.get(backbone)) is not None:
                 kept.give_up((pictures.shape, dtype))
-    return cast(Tensor, backbone(pictures))
+    return None
 
 
 def packed_for(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype = torch.float32) -> PackedResnet | None:
@@ -155,7 +158,7 @@ def packed_for(backbone: nn.Module, pictures: Tensor, dtype: torch.dtype = torch
 
 
 def takes(layer: nn.Module, norm: nn.Module) -> bool:
-    """Tell whether `Convolution` can do what a layer and its norm do."""
+    """Tell whether `PackedConvolution` can do what a layer and its norm do."""
     if not isinstance(layer, nn.Conv2d) or type(layer) not in (Conv2d, nn.Conv2d) or not is_plain(layer):
         return False
     if list(layer._parameters) != ["weight", "bias"] or layer.weight.dtype != torch.float32:  # pruned ones have others
@@ -175,7 +178,10 @@ def read_by(pairs: list[tuple[Any, Any]]) -> list[Tensor]:
 
 def settings_of(pairs: list[tuple[Any, Any]]) -> list[object]:
     """Return what else decides what is computed."""
-    return [(layer.stride, layer.padding, layer.dilation, norm.eps) for layer, norm in pairs]
+    return [
+        (layer.kernel_size, layer.stride, layer.padding, layer.dilation, norm.eps, getattr(norm, "num_groups", None))
+        for layer, norm in pairs
+    ]
 
 
 @cache
@@ -205,12 +211,12 @@ def compare(norm: Any) -> None:
         way = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), norm(32))
         blocks = nn.Sequential(BasicBlock(16, 16, norm_layer=norm), BasicBlock(16, 32, 2, way, norm_layer=norm))
         first = nn.Conv2d(3, 16, 7, 2, 3, bias=False), norm(16)
-        network = nn.Sequential(*first, nn.ReLU(), nn.MaxPool2d(3, 2, 1), blocks).eval().to_empty(device="cpu")
+        network = nn.Sequential(*first, nn.ReLU(), nn.MaxPool2d(3, 2, 1), blocks).float().eval().to_empty(device="cpu")
     for weight in network.state_dict().values():
-        wave = torch.arange(weight.numel(), device="cpu").sin().view(weight.shape)
+        wave = torch.arange(weight.numel(), **FLOATS).sin().view(weight.shape)
         weight.copy_(0.1 * wave if weight.ndim > 1 else 1 + 0.3 * wave)
     for shape in ((2, 3, 21, 18), (3, 3, 33, 30)):  # small tiles and large ones
-        pictures = torch.arange(math.prod(shape), device="cpu").sin().view(shape)
-        wanted, found = network(pictures), PackedResnet(network, {})(pictures)
+        pictures = torch.arange(math.prod(shape), **FLOATS).sin().view(shape)
+        wanted, found = network(pictures), PackedResnet(network, Weights())(pictures)
         if not torch.allclose(found, wanted, rtol=CLOSE, atol=CLOSE):
             raise ArithmeticError("they compute something else")

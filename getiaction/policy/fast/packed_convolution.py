@@ -1,30 +1,31 @@
 """A convolution and its norm for who acts: with weights that are packed once, for pictures of one shape.
 
-Where few places are seen, `native_few.c` reads each weight once; convolutions of 3x3 taps are `native_winograd.c`'s
-tiles where there are enough of them; group norm and what follows it is `native_norms.c`. The rest is done by oneDNN and
-PyTorch, and so is all of it without a C compiler.
+Where few places are seen, `native_few.c` reads each weight for up to sixty of them. Convolutions of 3x3 taps are tiles
+of `native_winograd.c` where there are enough of them, which share their errors as it says; group norm and what follows
+it is `native_norms.c`. The rest is done by oneDNN and PyTorch, and so is all of it without a C compiler.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from getiaction.policy.fast import native_layers, native_norms, native_winograd
-from getiaction.policy.fast.convolution import count_places
 from getiaction.policy.fast.native_few import FewPlaces
-from getiaction.policy.fast.native_norms import LAST, PLAIN, RELU, How, in_rows, is_plain_norm
+from getiaction.policy.fast.native_norms import LAST, PLAIN, RELU, How, in_rows, is_plain_norm, is_plain_tensor
 
 PLACES = {1: 512, 3: 144}  # that come out, by the windows' side, up to which it is faster to read each weight once
 BESIDE_TILES = 64  # the same, where there may be tiles
 FEWEST = 16  # tiles, from which they are faster than oneDNN, once the weights are laid
-type Weights = dict[tuple[object, ...], object]
-"""Weights as they are read, by their layer and what they are read by: the same for pictures of many shapes."""
+Weights = WeakValueDictionary[tuple[object, ...], Any]
+"""Weights as they are read, by their layer and what reads them: shared by all shapes, and gone with the last."""
 
 
 class PackedConvolution:
@@ -48,7 +49,7 @@ class PackedConvolution:
             hidden, residual = convolve(x, residual), None
         else:
             hidden = convolve(x)
-        if self._normalises:
+        if self._normalises and (residual is None or residual.shape == hidden.shape):
             return normalise(cast(nn.GroupNorm, self._norm), hidden, residual, RELU if rectify else PLAIN)
         hidden = hidden if self._folds else self._norm(hidden)
         hidden = hidden if residual is None else hidden.add_(residual)
@@ -56,13 +57,13 @@ class PackedConvolution:
 
     def _make(self, x: Tensor) -> Callable[..., Tensor]:
         weight, bias = self._layer.weight.detach(), self._layer.bias
-        bias = None if bias is None else bias.detach()
+        bias = None if bias is None else bias.detach().contiguous()
         if isinstance(norm := self._norm, nn.BatchNorm2d):
             mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
             folded, own = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
             weight, bias = folded.detach(), own.detach()
-        has_c = native_layers.works() and x.is_contiguous(memory_format=LAST)
-        self._normalises = has_c and isinstance(norm, nn.GroupNorm) and is_plain_norm(norm)
+        has_c = native_layers.works() and self._fits(x, weight, bias)
+        self._normalises = has_c and isinstance(norm, nn.GroupNorm) and self._normalises_by_c(norm, x)
         has_tiles = has_c and self._takes_tiles(x, weight, bias)
         if has_c and self._sees_few(x, has_tiles):
             convolve = self._few(weight, bias)
@@ -73,12 +74,32 @@ class PackedConvolution:
         self._convolve = convolve
         return convolve
 
+    def _fits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Tell whether all is as the layer says: C does not look, PyTorch says what does not fit."""
+        if weight.shape[1:] != (x.shape[1], *self._layer.kernel_size) or min(self._sides(x)) < 1:
+            return False
+        if bias is not None and (bias.shape != weight.shape[:1] or not is_plain_tensor(bias)):
+            return False
+        return is_plain_tensor(x) and is_plain_tensor(weight) and x.is_contiguous(memory_format=LAST)
+
+    def _sides(self, x: Tensor) -> list[int]:
+        layer = self._layer
+        paddings = [int(padding) for padding in layer.padding]
+        windows = zip(x.shape[2:], layer.kernel_size, layer.stride, paddings, strict=True)
+        return [(side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in windows]
+
+    def _normalises_by_c(self, norm: nn.GroupNorm, x: Tensor) -> bool:
+        channels, groups = len(self._layer.weight), norm.num_groups
+        if not is_plain_norm(norm) or norm.weight.shape != (channels,) or channels % groups:
+            return False
+        return norm.num_channels == channels and len(x) * channels // groups * math.prod(self._sides(x)) > 1
+
     def _sees_few(self, x: Tensor, has_tiles: bool) -> bool:
         windows = self._layer.kernel_size, self._layer.stride, self._layer.padding
         if any(pair[0] != pair[1] for pair in windows):
             return False
         most = BESIDE_TILES if has_tiles else PLACES.get(self._layer.kernel_size[0], 0)
-        return len(x) * count_places(self._layer, x) <= most
+        return len(x) * math.prod(self._sides(x)) <= most
 
     def _takes_tiles(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         windows = self._layer.stride, self._layer.padding
@@ -90,14 +111,16 @@ class PackedConvolution:
     def _tiles(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
         convolver = native_winograd.find_winograd()
         assert convolver is not None
-        panels = self._once((native_winograd.tile_of(x),), lambda: convolver.lay(x, weight))
-        return partial(convolver.convolve, weight=weight, bias=bias, panels=panels)
+        tile = native_winograd.tile_of(x)
+        panels = self._once((tile,), lambda: convolver.lay(tile, weight))
+        return partial(convolver.convolve, weight=self._layer.weight.detach(), bias=bias, panels=panels)
 
     def _once[Made](self, how: tuple[object, ...], make: Callable[[], Made]) -> Made:
         key = self._layer, *how
-        if key not in self._weights:
-            self._weights[key] = make()
-        return cast(Made, self._weights[key])
+        made: Made | None = self._weights.get(key)
+        if made is None:
+            self._weights[key] = made = make()
+        return made
 
     def _pack(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
         window = list(self._layer.padding), list(self._layer.stride), list(self._layer.dilation), self._layer.groups

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from getiaction.half import is_faster_in_bf16
 from getiaction.policy.fast.copies import Copies, OtherLayerError
-from getiaction.policy.fast.half import is_faster_in_bf16
 from getiaction.policy.fast.native import find_library
 from getiaction.policy.fast.native_unet import ROWS, NativeUnet
 from getiaction.policy.fast.unrolled import Plan, UnrolledUnet, multiplied_in

@@ -171,7 +171,7 @@ def test_weights_that_were_laid_before_give_the_same_bits(side: int, channels: i
     convolver, draw = native_pictures.convolver(), torch.Generator().manual_seed(0)
     weight, bias = torch.randn(48, channels, 3, 3, generator=draw), torch.randn(48, generator=draw)
     x = torch.randn(9, side, side, channels, generator=draw).movedim(3, 1)
-    panels = convolver.lay(x, weight)
+    panels = convolver.lay(native_winograd.tile_of(x), weight)
     for given in (x, x.neg()):
         wanted = convolver.convolve(given, weight, bias)
         assert torch.equal(convolver.convolve(given, torch.empty_like(weight), bias, panels=panels), wanted)

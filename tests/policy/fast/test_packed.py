@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
+from getiaction import half
 from getiaction.policy.encoder import ImageEncoder
-from getiaction.policy.fast import half, native_layers, packed
+from getiaction.policy.fast import native_layers, packed
 from getiaction.policy.fast.packed import KEPT, PackedResnet, encode, packed_for
 from getiaction.policy.fast.packed_convolution import PackedConvolution
 
@@ -230,7 +231,7 @@ def test_weights_for_few_places_and_tiles_are_laid_once_for_all_shapes() -> None
         check(backbone, drawn(batch_size))
     laid = dict(KEPT[backbone]._weights)
     check(backbone, drawn(3))
-    assert laid.items() <= KEPT[backbone]._weights.items()
+    assert {key: id(one) for key, one in KEPT[backbone]._weights.items()} == {key: id(one) for key, one in laid.items()}
     assert len(laid) == len({layer for layer, _ in laid}) == 19  # all but the first convolution's
     backbone[7][1].bn2.running_var.mul_(2)
     check(backbone, drawn())
@@ -354,7 +355,7 @@ def test_other_calls_are_left_to_the_layers() -> None:
 
 
 @torch.no_grad()
-def test_under_autocast_a_cpu_that_is_slower_in_bf16_rounds_some_weights_and_nothing_else(
+def test_under_autocast_a_cpu_that_acts_in_slow_bf16_rounds_some_weights_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backbone, pictures = make("group"), drawn()
@@ -373,6 +374,137 @@ def test_under_autocast_a_cpu_that_is_slower_in_bf16_rounds_some_weights_and_not
     full = encode(backbone, pictures)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(encode(backbone, pictures), full)
+
+
+@torch.no_grad()
+def test_what_is_left_to_the_layers_is_autocasts() -> None:
+    backbone, pictures = make("group"), drawn()
+    backbone[4][0].register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode(backbone, pictures), backbone(pictures))
+        narrow = make("group").bfloat16()
+        assert torch.equal(encode(narrow, pictures), narrow(pictures))
+
+
+def stretch(backbone: nn.Sequential) -> None:
+    """Add one place to four."""
+    backbone[7][1].downsample = nn.Sequential(nn.Conv2d(512, 512, 1, stride=2), nn.GroupNorm(32, 512))
+
+
+def scatter_bias(backbone: nn.Sequential) -> None:
+    backbone[7][0].conv2.bias = nn.Parameter(torch.randn(1024)[::2])
+
+
+def point(backbone: nn.Sequential) -> None:
+    """Have weights of 1x1 where 3x3 is said, which PyTorch does not read."""
+    backbone[7][0].conv2.weight = nn.Parameter(torch.randn(512, 512, 1, 1))
+    backbone[7][0].conv2.padding = (0, 0)
+
+
+@pytest.mark.parametrize("change", [stretch, scatter_bias, point])
+@torch.no_grad()
+def test_odd_layers_are_right(change: Callable[[nn.Sequential], None]) -> None:
+    backbone = make("group")
+    change(backbone)
+    assert_equal(encode(backbone, drawn()), backbone(drawn()))
+
+
+def go_around_without(backbone: nn.Sequential) -> None:
+    backbone[5][0].downsample = None
+
+
+def norm_less(backbone: nn.Sequential) -> None:
+    backbone[7][0].bn1 = nn.GroupNorm(4, 64)
+
+
+def expect_more(backbone: nn.Sequential) -> None:
+    backbone[7][0].conv2 = nn.Conv2d(1024, 512, 3, padding=1)
+
+
+def expect_more_by_tiles(backbone: nn.Sequential) -> None:
+    backbone[4][0].conv2 = nn.Conv2d(128, 64, 3, padding=1)
+
+
+def bias_few(backbone: nn.Sequential) -> None:
+    backbone[7][0].conv2.bias = nn.Parameter(torch.randn(8))
+
+
+def bias_wide(backbone: nn.Sequential) -> None:
+    backbone[7][0].conv2.bias = nn.Parameter(torch.randn(512).double())
+
+
+def see_past(backbone: nn.Sequential) -> None:
+    backbone[7][0].conv2.padding = (0, 0)
+
+
+def group_oddly(backbone: nn.Sequential) -> None:
+    backbone[7][0].bn1.num_groups = 7
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [go_around_without, norm_less, expect_more, expect_more_by_tiles, bias_few, bias_wide, see_past, group_oddly],
+)
+@torch.no_grad()
+def test_what_does_not_fit_is_pytorchs_error(change: Callable[[nn.Sequential], None], known: bool) -> None:
+    backbone, pictures = make("group"), drawn()
+    if known:
+        encode(backbone, pictures)
+    change(backbone)
+    with pytest.raises(RuntimeError) as wanted:
+        backbone(pictures)
+    with pytest.raises(RuntimeError) as found:
+        encode(backbone, pictures)
+    assert str(found.value) == str(wanted.value)
+
+
+@torch.no_grad()
+def test_pictures_of_too_few_channels_are_pytorchs_error() -> None:
+    backbone = make("group")
+    backbone[0] = nn.Conv2d(3, 64, 3, padding=1)
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 1"):
+        encode(backbone, torch.randn(1, 1, 12, 12))
+
+
+@torch.no_grad()
+def test_one_number_a_group_is_pytorchs_error() -> None:
+    backbone = make("group")
+    backbone[7][1].bn2 = nn.GroupNorm(512, 512)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        encode(backbone, drawn(1, 32, 32))
+
+
+@pytest.mark.usefixtures("_with_c")
+@torch.no_grad()
+def test_weights_go_with_the_last_shape_that_needs_them() -> None:
+    backbone = make("group")
+    encode(backbone, drawn(1, 64, 64))
+    few = set(KEPT[backbone]._weights)
+    for batch_size in (32, 33, 34):  # tiles where there was one place a tile, and oneDNN
+        encode(backbone, drawn(batch_size, 64, 64))
+    gc.collect()
+    assert not few <= set(KEPT[backbone]._weights)
+
+
+@pytest.mark.parametrize("half_of", [torch.float64, torch.bfloat16])
+def test_what_is_usual_elsewhere_does_not_matter(half_of: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    packed.works.cache_clear()
+    try:
+        torch.set_default_dtype(half_of)
+        assert packed.works()
+    finally:
+        torch.set_default_dtype(before)
+        packed.works.cache_clear()
+
+
+@torch.no_grad()
+def test_autocast_can_be_compiled_whole() -> None:
+    encoder = ImageEncoder((3, 64, 64)).eval()
+    whole = torch.compile(encoder, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert whole(drawn()).isfinite().all()
 
 
 @pytest.mark.parametrize("fault", ["other sums", "another signature"])

@@ -22,8 +22,8 @@ def is_faster_in_bf16(device: str) -> bool:
     return False
 
 
-def is_slower_in_bf16(x: Tensor) -> bool:
-    """Tell whether float32 x is under autocast to bf16, without gradients, on a CPU that this makes slower."""
+def acts_in_slow_bf16(x: Tensor) -> bool:
+    """Tell whether who sees float32 x acts under autocast to bf16, on a CPU that is not known to be faster so."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return False
     in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
