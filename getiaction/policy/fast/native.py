@@ -4,8 +4,8 @@ They are those of who acts, `native.c` and `native_few.c`, of who learns, `nativ
 of both, `native_norms.c` and `native_winograd.c`; each says why. Acting asks for a few rows. PyTorch then packs each
 weight anew for every product, or reads it as slowly as it lies, and takes a call for each operation. Here weights lie
 as they are read, and a denoising step is one call. It takes a C compiler (`$CC`, gcc, cc or clang); without one, or
-where what it made computes something else, PyTorch's operations are taken: see `unrolled`. What is in the cache is named
-after its own content and belongs to who runs it.
+where what it made computes something else, PyTorch's operations are taken: see `unrolled`. What is in the cache is
+named after its own content and belongs to who runs it.
 """
 
 from __future__ import annotations
