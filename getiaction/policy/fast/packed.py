@@ -79,7 +79,10 @@ class Packed:
         if not is_residual(backbone) or not all(takes(layer, norm) for layer, norm in all_pairs_of(backbone)):
             raise OtherLayerError
         self._pairs = all_pairs_of(backbone)
-        self._stamp, self._settings = Stamp(read_by(self._pairs)), settings_of(self._pairs)
+        read = read_by(self._pairs)
+        if any(one.dtype != torch.float32 for one in read):  # which PyTorch refuses
+            raise OtherLayerError
+        self._stamp, self._settings = Stamp(read), settings_of(self._pairs)
         self._of: OrderedDict[Plan, PackedResnet | None] = OrderedDict()  # None: oneDNN refused
         self._weights = Weights()
 

@@ -433,6 +433,10 @@ def bias_wide(backbone: nn.Sequential) -> None:
     backbone[7][0].conv2.bias = nn.Parameter(torch.randn(512).double())
 
 
+def moments_wide(backbone: nn.Sequential) -> None:
+    backbone[7][0].bn1 = nn.BatchNorm2d(512).double().eval()
+
+
 def see_past(backbone: nn.Sequential) -> None:
     backbone[7][0].conv2.padding = (0, 0)
 
@@ -444,7 +448,17 @@ def group_oddly(backbone: nn.Sequential) -> None:
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(
     "change",
-    [go_around_without, norm_less, expect_more, expect_more_by_tiles, bias_few, bias_wide, see_past, group_oddly],
+    [
+        go_around_without,
+        norm_less,
+        expect_more,
+        expect_more_by_tiles,
+        bias_few,
+        bias_wide,
+        moments_wide,
+        see_past,
+        group_oddly,
+    ],
 )
 @torch.no_grad()
 def test_what_does_not_fit_is_pytorchs_error(change: Callable[[nn.Sequential], None], known: bool) -> None:
