@@ -1,6 +1,7 @@
 // The operations of a U-Net that denoises a few rows, on memory that was laid out beforehand: native.py says what they
 // are. Each number is the same sum in the same order wherever its row lies, and however many rows and threads there are.
 #include "native.h"
+#define MOST 9 // rows, each with an address of its own, that are multiplied at once, at most
 #define DEEP 512 // rows of a panel, which stay in a cache while all rows of x pass
 #define AHEAD 1024 // words of a panel that are fetched before they are needed: the CPU's own look ends with each page
 
@@ -21,9 +22,8 @@ int64_t panel_width(void) { return PANEL; }
 int64_t operation_size(void) { return sizeof(operation); }
 
 typedef uint32_t words __attribute__((vector_size(4 * WIDE), aligned(4)));
-#define ALWAYS static inline __attribute__((always_inline))
 
-ALWAYS void read_panel(const float *panel, int halves, vector *left, vector *right) {
+INLINE void read_panel(const float *panel, int halves, vector *left, vector *right) {
     for (int i = 0; i < panel_row(halves); i += 16) __builtin_prefetch(panel + AHEAD + i, 0, 2);
     if (!halves) {
         *left = *(const vector *)panel, *right = *(const vector *)(panel + WIDE);
@@ -45,10 +45,10 @@ static inline void put(float *to, int64_t columns, vector left, vector right, co
 }
 
 // The products of `count` rows of x with `depth` rows of a panel.
-ALWAYS void multiply(int count, int halves, const float *const *x, int64_t k, const float *panel, int64_t depth,
+INLINE void multiply(int count, int halves, const float *const *x, int64_t k, const float *panel, int64_t depth,
                      float *const *out, int64_t column, int64_t columns, const float *bias, int64_t adds) {
-    vector own[2 * 9] = {0}, left, right;
-    const float *from[9];
+    vector own[2 * MOST] = {0}, left, right;
+    const float *from[MOST];
     for (int row = 0; row < count; row++) from[row] = x[row] + k;
     for (k = 0; k < depth; k++, panel += panel_row(halves)) {
         read_panel(panel, halves, &left, &right);
@@ -61,7 +61,7 @@ ALWAYS void multiply(int count, int halves, const float *const *x, int64_t k, co
 }
 
 // The same for twelve rows of x that are `apart`: with 32 vectors, and addresses made of five numbers instead of twelve.
-ALWAYS void multiply_12(int halves, const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
+INLINE void multiply_12(int halves, const float *x, int64_t apart, const float *panel, int64_t depth, float *const *out,
                         int64_t column, int64_t columns, const float *bias, int64_t adds) {
     const float *from[4] = {x, x + 3 * apart, x + 6 * apart, x + 9 * apart};
     vector own[24] = {0}, left, right;
@@ -94,7 +94,7 @@ static int64_t place(int64_t row, int64_t steps, int64_t batch_stride, int64_t s
     return row / steps * batch_stride + row % steps * step_stride;
 }
 
-ALWAYS void multiply_by(int halves, const float *const *x, float *const *out, int64_t rows, const float *weight,
+INLINE void multiply_by(int halves, const float *const *x, float *const *out, int64_t rows, const float *weight,
                         int64_t width, int64_t depth, int64_t channels, int64_t first_panel, int64_t last_panel,
                         const float *bias, int64_t adds) {
     for (int64_t number = first_panel; number < last_panel; number++) {
@@ -130,7 +130,7 @@ void multiply_rows(const float *const *x, float *const *out, int64_t rows, const
 
 // out (B, T, C) = x (B, T, K) times the transpose of (C, K), whose panels lie as (C / PANEL, K, PANEL), plus the bias.
 static void product(const operation *one, int64_t part, int64_t parts) {
-    int64_t panels = (one->channels + PANEL - 1) / PANEL, rows = one->batch * one->steps;
+    int64_t panels = blocks_of(one->channels, PANEL), rows = one->batch * one->steps;
     for (int64_t first = 0; first < rows; first += MANY) {
         int64_t count = rows - first < MANY ? rows - first : MANY;
         const float *x[MANY];

@@ -24,6 +24,8 @@
 #endif
 typedef float vector __attribute__((vector_size(4 * WIDE), aligned(4)));
 
+#define INLINE static inline __attribute__((always_inline)) // who calls gives constants, and gets code for those
+
 static inline int64_t blocks_of(int64_t channels, int64_t each) { return (channels + each - 1) / each; }
 
 // What follows IN_PARALLEL is done by each thread, which then knows what its part is; WAIT lets them wait for each other.

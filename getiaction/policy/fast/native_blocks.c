@@ -28,14 +28,14 @@ typedef struct {
 } block;
 
 int64_t block_size(void) { return sizeof(block); }
-int64_t panel_numbers(int64_t columns, int64_t rows) { return (columns + PANEL - 1) / PANEL * PANEL * rows; }
+int64_t panel_numbers(int64_t columns, int64_t rows) { return blocks_of(columns, PANEL) * PANEL * rows; }
 int64_t block_scratch(int64_t steps, int64_t out) { return (steps > SOME ? steps : SOME) * out + OWN_ROWS * out; }
 
 // Lay a weight (C', C, k) in panels of C' columns, rows (k, C); or turned, in panels of C, rows (k, C'), the last tap first.
 static void lay(const convolution *one, int is_turned, int64_t part, int64_t parts) {
     int64_t columns = is_turned ? one->in : one->out, depth = is_turned ? one->out : one->in;
     int64_t column_stride = is_turned ? one->in_stride : one->out_stride;
-    int64_t row_stride = is_turned ? one->out_stride : one->in_stride, panels = (columns + PANEL - 1) / PANEL;
+    int64_t row_stride = is_turned ? one->out_stride : one->in_stride, panels = blocks_of(columns, PANEL);
     float *to = is_turned ? one->turned : one->panels;
     for (int64_t number = panels * part / parts; number < panels * (part + 1) / parts; number++) {
         float *panel = to + number * PANEL * one->kernel * depth;
@@ -57,7 +57,7 @@ static void multiply(const float *x, int64_t x_batch, int64_t x_step, float *out
                      const float *bias, int64_t adds) {
     const float *from[MANY];
     float *to[MANY];
-    int64_t edge = kernel / 2, all = (channels + PANEL - 1) / PANEL;
+    int64_t edge = kernel / 2, all = blocks_of(channels, PANEL);
     for (int64_t t = 0; t < steps; t++) {
         int64_t tap = t < edge ? edge - t : 0, end = steps + edge - t < kernel ? steps + edge - t : kernel;
         for (int64_t first = 0; first < samples; first += MANY) {
@@ -80,7 +80,7 @@ static void pad(float *padded, int64_t steps, int64_t edge, int64_t channels) {
 // The gradient of a weight: of what came out (B, T, C') times the windows of what went in, (B, T, k C).
 static void weigh(const convolution *one, const float *by_out, int64_t out_batch, int64_t out_step, const float *x,
                   int64_t x_batch, int64_t x_step, int64_t samples, int64_t steps, int64_t part, int64_t parts) {
-    int64_t width = one->kernel * one->in, panels = (width + PANEL - 1) / PANEL;
+    int64_t width = one->kernel * one->in, panels = blocks_of(width, PANEL);
     int64_t blocks = (one->out + HIGH * TALL - 1) / (HIGH * TALL), tasks = panels * blocks, edge = one->kernel / 2;
     float a[DEEP * HIGH * TALL] = {0}, b[DEEP * PANEL] = {0};
     vector sums[HIGH][2 * TALL];

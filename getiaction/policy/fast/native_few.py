@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,25 +39,35 @@ class FewPlaces:
         found = find_few()
         assert found is not None
         self._run, panel = found
-        self._window = (layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
+        self._windows = windows_of(layer)
         self._channels, self._bias = weight.shape[:2], bias
         self._halves = dtype == torch.bfloat16
         self._panels = panels_of(weight, dtype, panel)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w), whose channels are in order, to (B, C', h', w')."""
-        (out, channels), (kernel, stride, padding) = self._channels, self._window
-        sides = [(side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:]]
+        (out, channels), kernel, sides = self._channels, self._windows[0], sides_of(x, *self._windows)
         found = torch.empty((len(x), out, *sides), memory_format=LAST, **FLOATS)
-        scratch = torch.empty(len(x), *sides, kernel, kernel, channels, **FLOATS)
+        scratch = torch.empty(len(x), *sides, *kernel, channels, **FLOATS)
         one = Few(
-            len(x), channels, *x.shape[2:], out, *sides, *self._window, self._halves,
+            len(x), channels, *x.shape[2:], out, *sides, *(one for one, _ in self._windows), self._halves,
             x.data_ptr(), self._panels.data_ptr(), at(self._bias),
             x.stride(0), x.stride(2), x.stride(3),
             found.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
         self._run(ctypes.addressof(one), torch.get_num_threads())
         return found
+
+
+def windows_of(layer: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the kernel's sides, the strides and the padding, which must be numbers of places."""
+    return layer.kernel_size, layer.stride, cast(tuple[int, ...], layer.padding)
+
+
+def sides_of(x: Tensor, *windows: Sequence[int]) -> list[int]:
+    """Return (h', w') of what comes out of x (B, C, h, w): by the kernel's sides, the strides and the padding."""
+    sides = zip(x.shape[2:], *windows, strict=True)
+    return [(side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides]
 
 
 def panels_of(weight: Tensor, dtype: torch.dtype, width: int) -> Tensor:

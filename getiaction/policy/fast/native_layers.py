@@ -140,7 +140,9 @@ def works() -> bool:
             native_blocks.compare()
             native_pictures.compare()
         except ArithmeticError as error:
-            log.warning("native_norms.c cannot be used (%s): training takes longer on this CPU", error)
+            log.warning(
+                "native_norms.c cannot be used (%s): training, and acting from pictures, take longer on this CPU", error
+            )
             return False
     return True
 

@@ -6,7 +6,6 @@
 #include "native.h"
 #define LARGEST 6 // places that a tile sees each way
 #define SKEW WIDE // numbers after each row: rows of a power of two would share few lines of a cache
-#define INLINE static inline __attribute__((always_inline)) // who calls says which tile, and gets code for that tile
 
 // Where polynomials are evaluated beside 0 and infinity: +-NEAR and +-FAR, whose errors in float32 are half of those of the
 // usual 1 and 2, and 1 for the small tile.

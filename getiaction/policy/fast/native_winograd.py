@@ -45,10 +45,8 @@ class Convolver:
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._convolve, self._weigh = functions.convolve_winograd, functions.weigh_winograd
-        self._lay, self._panels, self._scratch = (
-            getattr(functions, f"{name}_winograd" if name == "lay" else f"winograd_{name}")
-            for name in ("lay", "panels", "scratch")
-        )
+        self._lay = functions.lay_winograd
+        self._panels, self._scratch = functions.winograd_panels, functions.winograd_scratch
         for run in (self._convolve, self._weigh, self._lay):
             run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int64), None
         self._scratch.argtypes, self._scratch.restype = (ctypes.c_void_p, *(ctypes.c_int64,) * 2), ctypes.c_int64

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from getiaction.policy.fast import native_layers, native_norms, native_winograd
-from getiaction.policy.fast.native_few import FewPlaces
+from getiaction.policy.fast.native_few import FewPlaces, sides_of, windows_of
 from getiaction.policy.fast.native_norms import LAST, PLAIN, RELU, How, in_rows, is_plain_norm, is_plain_tensor
 
 PLACES = {1: 512, 3: 144}  # that come out, by the windows' side, up to which it is faster to read each weight once
@@ -76,30 +76,27 @@ class PackedConvolution:
 
     def _fits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Tell whether all is as the layer says: C does not look, PyTorch says what does not fit."""
-        if weight.shape[1:] != (x.shape[1], *self._layer.kernel_size) or min(self._sides(x)) < 1:
+        if weight.shape[1:] != (x.shape[1], *self._layer.kernel_size) or min(sides_of(x, *windows_of(self._layer))) < 1:
             return False
         if bias is not None and (bias.shape != weight.shape[:1] or not is_plain_tensor(bias)):
             return False
         return is_plain_tensor(x) and is_plain_tensor(weight) and x.is_contiguous(memory_format=LAST)
 
-    def _sides(self, x: Tensor) -> list[int]:
-        layer = self._layer
-        paddings = [int(padding) for padding in layer.padding]
-        windows = zip(x.shape[2:], layer.kernel_size, layer.stride, paddings, strict=True)
-        return [(side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in windows]
-
     def _normalises_by_c(self, norm: nn.GroupNorm, x: Tensor) -> bool:
         channels, groups = len(self._layer.weight), norm.num_groups
         if not is_plain_norm(norm) or norm.weight.shape != (channels,) or channels % groups:
             return False
-        return norm.num_channels == channels and len(x) * channels // groups * math.prod(self._sides(x)) > 1
+        return (
+            norm.num_channels == channels
+            and len(x) * channels // groups * math.prod(sides_of(x, *windows_of(self._layer))) > 1
+        )
 
     def _sees_few(self, x: Tensor, has_tiles: bool) -> bool:
-        windows = self._layer.kernel_size, self._layer.stride, self._layer.padding
+        windows = windows_of(self._layer)
         if any(pair[0] != pair[1] for pair in windows):
             return False
         most = BESIDE_TILES if has_tiles else PLACES.get(self._layer.kernel_size[0], 0)
-        return len(x) * math.prod(self._sides(x)) <= most
+        return len(x) * math.prod(sides_of(x, *windows)) <= most
 
     def _takes_tiles(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         windows = self._layer.stride, self._layer.padding

@@ -58,7 +58,7 @@ def places_of(layers: Iterable[nn.Module | None]) -> list[object]:
     """Return which weights and buffers each layer has, and how they lie in memory."""
     found: list[Tensor | None] = []
     for layer in cast(Iterable[nn.Module], layers):
-        own = vars(layer)  # twice as fast as by name
+        own = vars(layer)  # sooner than by name
         if own["_parameters"]:
             found += own["_parameters"].values()
         if own["_buffers"]:
